@@ -1,0 +1,500 @@
+"""The spine: what a paper claims, what a run records, and the verdict that follows from the records.
+
+Everything above the methods speaks these few types; all of them turn into JSON and back. Nothing here imports a
+numerical library until a verdict needs a quantile, so that reading cards stays instant.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+T = TypeVar("T")
+Setting = Mapping[str, str | int | float | bool]
+
+CONFIDENCE = 0.95
+
+
+class Scale(StrEnum):
+    """How much an experiment may take: quick <= 10 s, default <= 60 s on two cores, paper as long as it needs."""
+
+    QUICK = "quick"
+    DEFAULT = "default"
+    PAPER = "paper"
+
+    @property
+    def rank(self) -> int:
+        return list(Scale).index(self)
+
+
+class Outcome(StrEnum):
+    HOLDS = "holds"
+    INCONCLUSIVE = "inconclusive"
+    FAILS = "fails"
+    NEEDS_SCALE = "needs a larger scale"
+
+
+class Status(StrEnum):
+    """How a run ended; only a finished one has a verdict worth the name."""
+
+    FINISHED = "finished"
+    CRASHED = "crashed"
+    TIMED_OUT = "timed out"
+    OUT_OF_MEMORY = "out of memory"
+    CANCELLED = "cancelled"
+
+
+class Relation(StrEnum):
+    AT_MOST = "<="
+    AT_LEAST = ">="
+    BELOW = "<"
+    ABOVE = ">"
+    BETWEEN = "between"
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One recorded number. `seed` is None for what does not depend on one."""
+
+    method: str
+    metric: str
+    value: float
+    seed: int | None = None
+    setting: Setting = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "metric": self.metric,
+            "value": encode_float(self.value),
+            "seed": self.seed,
+            "setting": dict(self.setting),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        return cls(data["method"], data["metric"], float(data["value"]), data["seed"], dict(data["setting"]))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One falsifiable sentence: `metric` of `method` stands in `relation` to `value`.
+
+    Attributes:
+        statement: the sentence that a reader sees.
+        metric, method: which measures decide it.
+        relation, value: the threshold; a pair of bounds for "between".
+        source: where the figure comes from (theorem, table).
+        scale: the smallest scale at which the claim can be decided.
+        setting: restricts the measures to those recorded with these settings.
+    """
+
+    statement: str
+    metric: str
+    method: str
+    relation: Relation
+    value: float | tuple[float, float]
+    source: str
+    scale: Scale = Scale.QUICK
+    setting: Setting = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.relation is Relation.BETWEEN:
+            if not isinstance(self.value, tuple) or not self.value[0] <= self.value[1]:
+                raise ValueError(f'value must be [low, high] with low <= high for "between", got {self.value!r}')
+        elif isinstance(self.value, tuple) or math.isnan(self.value):
+            raise ValueError(f'value must be one number for "{self.relation}", got {self.value!r}')
+
+    @property
+    def threshold(self) -> str:
+        """The right-hand side as people write it: "<= 0.5", "in [1, 2]"."""
+        if isinstance(self.value, tuple):
+            return f"in [{self.value[0]:g}, {self.value[1]:g}]"
+        return f"{self.relation} {self.value:g}"
+
+    def satisfied_by(self, low: float, high: float) -> bool | None:
+        """True if all of [low, high] satisfies the claim, False if none of it does, None between."""
+        match self.relation:
+            case Relation.AT_MOST:
+                every, some = high <= self.value, low <= self.value  # type: ignore[operator]
+            case Relation.AT_LEAST:
+                every, some = low >= self.value, high >= self.value  # type: ignore[operator]
+            case Relation.BELOW:
+                every, some = high < self.value, low < self.value  # type: ignore[operator]
+            case Relation.ABOVE:
+                every, some = low > self.value, high > self.value  # type: ignore[operator]
+            case Relation.BETWEEN:
+                bottom, top = self.value  # type: ignore[misc]
+                every, some = bottom <= low and high <= top, low <= top and high >= bottom
+        return True if every else None if some else False
+
+    def judge(self, measures: Iterable[Measure], scale: Scale) -> "Finding":
+        """Decide the claim from the recorded seeds; see `interval` for the confidence interval."""
+        if scale.rank < self.scale.rank:
+            return Finding(self, Outcome.NEEDS_SCALE, reason=f"needs {self.scale} scale")
+        by_seed: dict[int | None, list[float]] = {}
+        for m in measures:
+            if (m.method, m.metric) == (self.method, self.metric) and self.setting.items() <= m.setting.items():
+                by_seed.setdefault(m.seed, []).append(m.value)
+        if not by_seed:
+            return Finding(self, Outcome.INCONCLUSIVE, reason=f'no "{self.metric}" was recorded for {self.method}')
+        if None in by_seed and len(by_seed) > 1:
+            return Finding(self, Outcome.INCONCLUSIVE, reason="recorded both with and without a seed")
+        values = [math.fsum(v) / len(v) for v in by_seed.values()]
+        if any(math.isnan(v) for v in values):
+            return Finding(self, Outcome.INCONCLUSIVE, seeds=len(values), reason="a measure is not a number")
+
+        exact = None in by_seed
+        estimate, low, high = interval(values, exact=exact)
+        seeds = 0 if exact else len(values)
+        satisfied = self.satisfied_by(low, high)
+        shown = show_interval(estimate, low, high)
+        if seeds == 1:
+            outcome, reason = Outcome.INCONCLUSIVE, f"{shown} on a single seed: no interval"
+        elif satisfied is None:
+            outcome, reason = Outcome.INCONCLUSIVE, f"{shown} straddles {self.threshold}"
+        else:
+            outcome = Outcome.HOLDS if satisfied else Outcome.FAILS
+            reason = f"{shown} {'is' if satisfied else 'is not'} {self.threshold}"
+        return Finding(self, outcome, estimate, low, high, seeds, reason)
+
+    def to_dict(self) -> dict[str, Any]:
+        value = [encode_float(v) for v in self.value] if isinstance(self.value, tuple) else encode_float(self.value)
+        return {
+            "statement": self.statement,
+            "metric": self.metric,
+            "method": self.method,
+            "relation": str(self.relation),
+            "value": value,
+            "source": self.source,
+            "scale": str(self.scale),
+            "setting": dict(self.setting),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        raw = data["value"]
+        value = (float(raw[0]), float(raw[1])) if isinstance(raw, list | tuple) else float(raw)
+        return cls(
+            statement=data["statement"],
+            metric=data["metric"],
+            method=data["method"],
+            relation=Relation(data["relation"]),
+            value=value,
+            source=data["source"],
+            scale=Scale(data.get("scale", Scale.QUICK)),
+            setting=dict(data.get("setting", {})),
+        )
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the records say about one claim. `seeds` is 0 where the quantity does not depend on a seed."""
+
+    claim: Claim
+    outcome: Outcome
+    estimate: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+    seeds: int = 0
+    reason: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"needs {self.claim.scale} scale" if self.outcome is Outcome.NEEDS_SCALE else str(self.outcome)
+
+    @property
+    def measured(self) -> str:
+        return "" if math.isnan(self.estimate) else show_interval(self.estimate, self.low, self.high)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.claim.to_dict() | {
+            "outcome": self.label,
+            "estimate": encode_float(self.estimate),
+            "interval": [encode_float(self.low), encode_float(self.high)],
+            "seeds": self.seeds,
+            "reason": self.reason,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        outcome = Outcome(data["outcome"]) if data["outcome"] in list(Outcome) else Outcome.NEEDS_SCALE
+        low, high = (float(v) for v in data["interval"])
+        return cls(
+            Claim.from_dict(data), outcome, float(data["estimate"]), low, high, data["seeds"], data["reason"]
+        )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The worst outcome over the claims that this scale can decide, and which claim decided it."""
+
+    outcome: Outcome
+    reason: str
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def deciding(self) -> Finding | None:
+        return next((f for f in self.findings if f.outcome is self.outcome), self.findings[0] if self.findings else None)
+
+
+def judge(claims: Sequence[Claim], measures: Sequence[Measure], scale: Scale) -> Verdict:
+    """Judge every claim; the paper's verdict is the worst: fails, then inconclusive, then holds."""
+    findings = tuple(claim.judge(measures, scale) for claim in claims)
+    decidable = [f for f in findings if f.outcome is not Outcome.NEEDS_SCALE]
+    if not decidable:
+        needed = min((c.scale for c in claims), key=lambda s: s.rank, default=Scale.QUICK)
+        return Verdict(Outcome.INCONCLUSIVE, f"every claim needs at least {needed} scale", findings)
+    for outcome in (Outcome.FAILS, Outcome.INCONCLUSIVE):
+        worst = [f for f in decidable if f.outcome is outcome]
+        if worst:
+            return Verdict(outcome, f"{worst[0].claim.metric}: {worst[0].reason}", findings)
+    if len(decidable) == 1:
+        return Verdict(Outcome.HOLDS, f"{decidable[0].claim.metric}: {decidable[0].reason}", findings)
+    return Verdict(Outcome.HOLDS, f"all {len(decidable)} decidable claims hold", findings)
+
+
+def interval(values: Sequence[float], *, exact: bool = False) -> tuple[float, float, float]:
+    """Mean and Student-t interval at 95 % over seeds.
+
+    A deterministic quantity, or one that came out the same on every seed, is its own interval; one infinite value
+    makes the interval the hull of the values, since no normal approximation covers that.
+    """
+    mean = math.fsum(values) / len(values)
+    if exact or len(values) == 1 or min(values) == max(values):
+        return (values[0], values[0], values[0]) if min(values) == max(values) else (mean, mean, mean)
+    if any(math.isinf(v) for v in values):
+        return mean, min(values), max(values)
+    from scipy.special import stdtrit
+
+    n = len(values)
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * statistics.stdev(values) / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def show_interval(estimate: float, low: float, high: float) -> str:
+    return f"{estimate:.4g}" if low == high else f"{estimate:.4g} [{low:.4g}, {high:.4g}]"
+
+
+def encode_float(value: float) -> float | str:
+    """JSON has no NaN and no infinity: they travel as the strings that float() reads back."""
+    return value if math.isfinite(value) else str(float(value))
+
+
+@dataclass(frozen=True)
+class Paper:
+    """A card: bibliography, a summary in our words, the claims, and the public objects that implement the method."""
+
+    number: int
+    slug: str
+    title: str
+    authors: tuple[str, ...]
+    published: str  # ISO date
+    venue: str
+    wing: str
+    summary: str
+    claims: tuple[Claim, ...]
+    arxiv: str = ""
+    keywords: tuple[str, ...] = ()
+    objects: tuple[str, ...] = ()  # dotted paths
+    example: str = ""  # a few lines of Python that call the method
+    runnable: bool = False
+
+    @property
+    def stem(self) -> str:
+        return self.slug.replace("-", "_")
+
+    @property
+    def year(self) -> int:
+        return int(self.published[:4])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "number": self.number,
+            "slug": self.slug,
+            "title": self.title,
+            "authors": list(self.authors),
+            "arxiv": self.arxiv,
+            "published": self.published,
+            "venue": self.venue,
+            "wing": self.wing,
+            "keywords": list(self.keywords),
+            "objects": list(self.objects),
+            "summary": self.summary,
+            "example": self.example,
+            "runnable": self.runnable,
+            "claims": [c.to_dict() for c in self.claims],
+        }
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot as the report shows it (SVG) and as a paper or a slide takes it (PDF, PNG)."""
+
+    name: str
+    caption: str
+    svg: str
+    pdf: bytes = b""
+    png: bytes = b""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that one run of one paper's experiment left behind."""
+
+    slug: str
+    scale: Scale
+    status: Status
+    verdict: Verdict
+    measures: tuple[Measure, ...]
+    seeds: tuple[int, ...]
+    started: str  # ISO 8601, UTC
+    seconds: float
+    peak_memory_mib: float
+    device: str = "cpu"
+    figures: tuple[Figure, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    code_version: str = ""
+    git_revision: str = ""
+    machine: Mapping[str, str | int | float] = field(default_factory=dict)
+    log: str = ""
+
+    @property
+    def command(self) -> str:
+        """What makes the same figures again."""
+        device = "" if self.device == "cpu" else f" --device {self.device}"
+        return f"locally run {self.slug} --scale {self.scale} --seeds {len(self.seeds)}{device}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `locally run --json` prints."""
+        deciding = self.verdict.deciding
+        return {
+            "slug": self.slug,
+            "scale": str(self.scale),
+            "status": str(self.status),
+            "verdict": str(self.verdict.outcome),
+            "reason": self.verdict.reason,
+            "claim": deciding.to_dict() if deciding else {},
+            "claims": [f.to_dict() for f in self.verdict.findings],
+            "measures": [m.to_dict() for m in self.measures],
+            "seeds": list(self.seeds),
+            "device": self.device,
+            "started": self.started,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_mib": round(self.peak_memory_mib, 1),
+            "versions": dict(self.versions),
+            "code_version": self.code_version,
+            "git_revision": self.git_revision,
+            "machine": dict(self.machine),
+        }
+
+
+class MissingData(FileNotFoundError):
+    """A full-size study needs files that only the user has."""
+
+
+class Run:
+    """What an experiment is handed: scale, seeds, device, a scratch folder, progress, and `record`.
+
+    Args:
+        scale: what `pick` chooses by.
+        seeds: distinct, at least one.
+        device: a torch device name; experiments place their tensors there.
+        scratch: a folder that is thrown away after the run.
+        data: folder with the user's own data sets, for studies that need them.
+        on_progress: called with (fraction done in [0, 1], label).
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: Scale | str = Scale.QUICK,
+        seeds: Sequence[int] = (0, 1, 2),
+        device: str = "cpu",
+        scratch: Path | None = None,
+        data: Path | None = None,
+        on_progress: Callable[[float, str], None] | None = None,
+    ) -> None:
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise ValueError(f"seeds must be distinct and at least one, got {list(seeds)}")
+        self.scale = Scale(scale)
+        self.seeds = tuple(seeds)
+        self.device = device
+        self.scratch = scratch or Path.cwd()
+        self.data_folder = data
+        self.measures: list[Measure] = []
+        self.figures: list[Figure] = []
+        self._on_progress = on_progress
+        self._levels: list[tuple[int, int]] = []  # (done, total) of each open `track`, outermost first
+
+    def pick(self, *, quick: T, default: T, paper: T) -> T:
+        return {Scale.QUICK: quick, Scale.DEFAULT: default, Scale.PAPER: paper}[self.scale]
+
+    def data(self, relative: str, what: str) -> Path:
+        """The user's file `relative` under the data folder; `what` says in words what it is, for the message."""
+        if self.data_folder is None:
+            raise MissingData(f"this scale reads {relative} ({what}): name the folder that holds it with --data DIR")
+        path = self.data_folder / relative
+        if not path.exists():
+            raise MissingData(f"{path} does not exist: this scale reads {what} there")
+        return path
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """Iterate and report progress; nested tracks refine the fraction of the outer one."""
+        if total is None:
+            if not isinstance(items, Sized):
+                raise TypeError(f"track({label!r}) needs total= for an iterable without a length")
+            total = len(items)
+        self._levels.append((0, max(total, 1)))
+        depth = len(self._levels)
+        try:
+            for done, item in enumerate(items):
+                self._levels[depth - 1] = (done, max(total, 1))
+                self._report(label)
+                yield item
+            self._levels[depth - 1] = (max(total, 1), max(total, 1))
+            self._report(label)
+        finally:
+            del self._levels[depth - 1 :]
+
+    def _report(self, label: str) -> None:
+        if self._on_progress is None:
+            return
+        fraction, width = 0.0, 1.0
+        for done, total in self._levels:
+            fraction += width * min(done, total) / total
+            width /= total
+        self._on_progress(min(fraction, 1.0), label)
+
+    def record(
+        self, method: str, metric: str, value: float, *, seed: int | None = None, **setting: str | int | float | bool
+    ) -> None:
+        """Record one number. Anything that float() takes; leave `seed` out of what does not depend on it."""
+        plain = {k: v.item() if hasattr(v, "item") else v for k, v in setting.items()}
+        self.measures.append(Measure(method, metric, float(value), None if seed is None else int(seed), plain))
+
+    def figure(self, figure: "MatplotlibFigure", name: str, caption: str = "") -> None:
+        """Keep a Matplotlib figure; `name` must be unique within the run."""
+        from locally.plots import freeze
+
+        if any(f.name == name for f in self.figures):
+            raise ValueError(f"a figure named {name!r} is there already")
+        self.figures.append(freeze(figure, name, caption))
+
+    def plot_lines(self, x: str, y: str, *, log: bool = False, name: str = "", caption: str = "", **style: Any) -> None:
+        """Metric `y` over setting `x`, one line a method, band from the lowest to the highest seed."""
+        from locally.plots import lines
+
+        self.figure(lines(self.measures, x, y, log=log, **style), name or f"{y} over {x}", caption)
+
+    def plot_bars(self, metric: str, *, log: bool = False, name: str = "", caption: str = "", **style: Any) -> None:
+        """`metric` per method, a dot for each seed."""
+        from locally.plots import bars
+
+        self.figure(bars(self.measures, metric, log=log, **style), name or metric, caption)

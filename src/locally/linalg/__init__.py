@@ -1,0 +1,1 @@
+"""The ground floor: matrix-free, compiled and batched linear algebra."""

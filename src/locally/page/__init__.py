@@ -1,0 +1,1 @@
+"""What a reader sees, and what keeps it."""

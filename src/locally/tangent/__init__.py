@@ -1,0 +1,1 @@
+"""Networks seen through their linearisation."""
