@@ -226,9 +226,7 @@ class Finding:
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         outcome = Outcome(data["outcome"]) if data["outcome"] in list(Outcome) else Outcome.NEEDS_SCALE
         low, high = (float(v) for v in data["interval"])
-        return cls(
-            Claim.from_dict(data), outcome, float(data["estimate"]), low, high, data["seeds"], data["reason"]
-        )
+        return cls(Claim.from_dict(data), outcome, float(data["estimate"]), low, high, data["seeds"], data["reason"])
 
 
 @dataclass(frozen=True)
@@ -241,7 +239,9 @@ class Verdict:
 
     @property
     def deciding(self) -> Finding | None:
-        return next((f for f in self.findings if f.outcome is self.outcome), self.findings[0] if self.findings else None)
+        return next(
+            (f for f in self.findings if f.outcome is self.outcome), self.findings[0] if self.findings else None
+        )
 
 
 def judge(claims: Sequence[Claim], measures: Sequence[Measure], scale: Scale) -> Verdict:
