@@ -34,11 +34,8 @@ def check_count(name: str, value: int, *, at_least: int = 1) -> None:
 
 def check_finite(name: str, array: Any) -> None:
     """No NaN and no infinity in a NumPy array or torch tensor."""
-    if hasattr(array, "isfinite"):
-        finite = bool(array.isfinite().all())
-    else:
-        finite = bool(np.isfinite(array).all())
-    if not finite:
+    entries = array.isfinite() if hasattr(array, "isfinite") else np.isfinite(array)
+    if not entries.all():
         raise ValueError(f"{name} holds NaN or infinity")
 
 

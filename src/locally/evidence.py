@@ -5,12 +5,13 @@ numerical library until a verdict needs a quantile, so that reading cards stays 
 """
 
 import math
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from locally.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -48,6 +49,7 @@ class Status(StrEnum):
     TIMED_OUT = "timed out"
     OUT_OF_MEMORY = "out of memory"
     CANCELLED = "cancelled"
+    REFUSED = "could not start"  # for a reason that the user can mend
 
 
 class Relation(StrEnum):
@@ -274,7 +276,8 @@ def interval(values: Sequence[float], *, exact: bool = False) -> tuple[float, fl
     from scipy.special import stdtrit
 
     n = len(values)
-    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * statistics.stdev(values) / math.sqrt(n)
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * deviation / math.sqrt(n)
     return mean, mean - half, mean + half
 
 
@@ -304,7 +307,11 @@ class Paper:
     keywords: tuple[str, ...] = ()
     objects: tuple[str, ...] = ()  # dotted paths
     example: str = ""  # a few lines of Python that call the method
-    runnable: bool = False
+    experiment: Path | None = None  # the Python file beside the card, where there is one
+
+    @property
+    def runnable(self) -> bool:
+        return self.experiment is not None
 
     @property
     def stem(self) -> str:
@@ -366,6 +373,11 @@ class Evidence:
     log: str = ""
 
     @property
+    def label(self) -> str:
+        """The badge: the verdict of a finished run, otherwise how the run ended."""
+        return str(self.verdict.outcome if self.status is Status.FINISHED else self.status)
+
+    @property
     def command(self) -> str:
         """What makes the same figures again."""
         device = "" if self.device == "cpu" else f" --device {self.device}"
@@ -395,7 +407,7 @@ class Evidence:
         }
 
 
-class MissingData(FileNotFoundError):
+class MissingData(UsageError):
     """A full-size study needs files that only the user has."""
 
 

@@ -17,7 +17,7 @@ from locally.evidence import Figure, Measure
 
 INK = "#1b1c1d"  # stands for "the page's text colour" and is used for nothing else
 PALETTE = ["#2f6fde", "#e0662b", "#159d77", "#a65fd0", "#c9a014", "#d6457a", "#4aa8c8", "#7c8591"]
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.titlecolor": INK,

@@ -1,0 +1,57 @@
+"""The last run of each paper, read so fast that `locally list` can afford it: plain sqlite3, no SQLAlchemy."""
+
+import sqlite3
+from dataclasses import dataclass
+
+from locally.evidence import Scale, Status
+from locally.home import database_url
+
+SCHEMA_VERSION = "0001"  # the newest migration
+
+LATEST = """
+select runs.slug, runs.scale, runs.status, runs.outcome, runs.reason, runs.started
+from runs join (select slug, max(id) as id from runs group by slug) as last on runs.id = last.id
+"""
+
+
+@dataclass(frozen=True)
+class LastRun:
+    slug: str
+    scale: Scale
+    status: Status
+    outcome: str
+    reason: str
+    started: str  # ISO 8601, UTC
+
+    @property
+    def label(self) -> str:
+        """The badge: the verdict of a finished run, otherwise how the run ended."""
+        return self.outcome if self.status is Status.FINISHED else str(self.status)
+
+
+def last_runs() -> dict[str, LastRun]:
+    """By slug; papers that never ran are absent.
+
+    A database that this short cut cannot read - not SQLite, of another schema version, damaged - goes through the
+    store, which migrates it, refuses it or sets it aside.
+    """
+    url = database_url()
+    if url.startswith("sqlite:///"):
+        try:
+            connection = sqlite3.connect(f"file:{url.removeprefix('sqlite:///')}?mode=ro", uri=True, timeout=30)
+            try:
+                if connection.execute("select version_num from alembic_version").fetchone() == (SCHEMA_VERSION,):
+                    return _by_slug(connection.execute(LATEST).fetchall())
+            finally:
+                connection.close()
+        except sqlite3.Error:
+            pass  # the store finds out what is wrong with it, or makes it
+    from sqlalchemy import text
+
+    from locally.page.store import Store
+
+    return _by_slug(Store(url).query(text(LATEST)))
+
+
+def _by_slug(rows: list[tuple[str, ...]]) -> dict[str, LastRun]:
+    return {row[0]: LastRun(row[0], Scale(row[1]), Status(row[2]), row[3], row[4], row[5]) for row in rows}

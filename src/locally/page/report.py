@@ -1,0 +1,197 @@
+"""One self-contained HTML page of all papers with their latest evidence: no network, no script.
+
+Beside the page lie each figure as PDF and PNG and each run's records as CSV.
+"""
+
+import csv
+import io
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from locally.errors import UsageError
+from locally.evidence import Claim, Evidence, Finding, Measure, Outcome, Paper, Status, interval, show_interval
+from locally.page.store import Store
+
+LOG_SHOWN = 4_000  # characters
+NOT_RUNNABLE = "not yet runnable"
+NOT_RUN = "not run"
+KINDS = {  # CSS class of each badge
+    str(Outcome.HOLDS): "holds",
+    str(Outcome.FAILS): "fails",
+    str(Outcome.INCONCLUSIVE): "inconclusive",
+    NOT_RUNNABLE: "none",
+    NOT_RUN: "none",
+} | {str(s): "stopped" for s in Status if s is not Status.FINISHED}
+
+
+@dataclass(frozen=True)
+class Cell:
+    mean: str
+    spread: str = ""
+
+
+@dataclass(frozen=True)
+class MethodTable:
+    metrics: list[str]
+    rows: list[tuple[str, list[Cell]]]
+
+
+@dataclass(frozen=True)
+class ClaimRow:
+    claim: Claim
+    measured: str = ""
+    label: str = ""
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class FigureView:
+    svg: Markup
+    name: str
+    caption: str
+    file: str
+
+
+@dataclass(frozen=True)
+class PaperView:
+    """All that the templates show of one paper."""
+
+    paper: Paper
+    evidence: Evidence | None
+    label: str
+    kind: str
+    authors: str
+    claims: list[ClaimRow]
+    table: MethodTable | None
+    figures: list[FigureView]
+    log: str
+
+
+def write(folder: Path, papers: Sequence[Paper], store: Store) -> Path:
+    """Write the report into `folder` and return the path of the page, replacing an earlier one only when whole.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    evidence = {p.slug: store.latest(p.slug) for p in papers}
+    views = [view(p, evidence[p.slug]) for p in papers]
+    page = render(views)
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        (folder / "data").mkdir(exist_ok=True)
+        for v in views:
+            if v.evidence is None:
+                continue
+            for figure, shown in zip(v.evidence.figures, v.figures, strict=True):
+                (folder / "figures" / f"{shown.file}.pdf").write_bytes(figure.pdf)
+                (folder / "figures" / f"{shown.file}.png").write_bytes(figure.png)
+            (folder / "data" / f"{v.paper.slug}.csv").write_text(records_csv(v.evidence.measures), encoding="utf-8")
+        draft = folder / ".index.html"
+        draft.write_text(page, encoding="utf-8")
+        os.replace(draft, folder / "index.html")
+    except OSError as error:
+        raise UsageError(f"cannot write the report to {folder}: {error.strerror}") from None
+    return folder / "index.html"
+
+
+def render(views: Sequence[PaperView]) -> str:
+    environment = Environment(
+        loader=PackageLoader("locally.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    counts = Counter((v.label, v.kind) for v in views)
+    order = list(KINDS)
+    return environment.get_template("report.html").render(
+        views=views,
+        ran=sum(v.evidence is not None for v in views),
+        tally=[(*key, counts[key]) for key in sorted(counts, key=lambda k: order.index(k[0]))],
+        written=datetime.now().strftime("%Y-%m-%d %H:%M"),
+        style=Markup((Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")),
+    )
+
+
+def view(paper: Paper, evidence: Evidence | None) -> PaperView:
+    if evidence is None:
+        label = NOT_RUN if paper.runnable else NOT_RUNNABLE
+        claims = [ClaimRow(c) for c in paper.claims]
+        return PaperView(paper, None, label, KINDS[label], short_authors(paper), claims, None, [], "")
+    return PaperView(
+        paper=paper,
+        evidence=evidence,
+        label=evidence.label,
+        kind=KINDS[evidence.label],
+        authors=short_authors(paper),
+        claims=[_claim_row(f) for f in evidence.verdict.findings] or [ClaimRow(c) for c in paper.claims],
+        table=method_table(evidence.measures, [f.claim.metric for f in evidence.verdict.findings]),
+        figures=[
+            FigureView(Markup(_own_ids(f.svg, f"{paper.slug}-{i}")), f.name, f.caption, f"{paper.slug}-{i}")
+            for i, f in enumerate(evidence.figures, 1)
+        ],
+        log=evidence.log[-LOG_SHOWN:].strip(),
+    )
+
+
+def short_authors(paper: Paper) -> str:
+    return ", ".join(paper.authors[:3]) + (" and others" if len(paper.authors) > 3 else "")
+
+
+def _claim_row(finding: Finding) -> ClaimRow:
+    kind = "needs" if finding.outcome is Outcome.NEEDS_SCALE else KINDS[str(finding.outcome)]
+    return ClaimRow(finding.claim, finding.measured, finding.label, kind)
+
+
+def method_table(measures: Iterable[Measure], claimed: Sequence[str], limit: int = 8) -> MethodTable | None:
+    """Methods by metrics: those that claims name first, then those recorded for most methods, `limit` at most."""
+    values: dict[tuple[str, str], dict[int | None, list[float]]] = defaultdict(lambda: defaultdict(list))
+    methods: dict[str, None] = {}
+    spread: dict[str, set[str]] = defaultdict(set)
+    for m in measures:
+        values[m.method, m.metric][m.seed].append(m.value)
+        methods[m.method] = None
+        spread[m.metric].add(m.method)
+    if not values:
+        return None
+    metrics = sorted(spread, key=lambda name: (name not in claimed, -len(spread[name])))[:limit]
+    rows = []
+    for method in methods:
+        cells = [_cell(values.get((method, metric), {})) for metric in metrics]
+        if any(cell.mean for cell in cells):
+            rows.append((method, cells))
+    return MethodTable(metrics, rows)
+
+
+def _cell(by_seed: dict[int | None, list[float]]) -> Cell:
+    if not by_seed:
+        return Cell("")
+    values = [sum(v) / len(v) for v in by_seed.values()]
+    estimate, low, high = interval(values)
+    if low == high:
+        return Cell(f"{estimate:.4g}")
+    return Cell(f"{estimate:.4g}", show_interval(estimate, low, high).split(" ", 1)[1])
+
+
+def records_csv(measures: Iterable[Measure]) -> str:
+    measures = list(measures)
+    settings = sorted({key for m in measures for key in m.setting})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["method", "metric", "value", "seed", *settings])
+    for m in measures:
+        seed = "" if m.seed is None else m.seed
+        writer.writerow([m.method, m.metric, repr(m.value), seed, *(m.setting.get(key, "") for key in settings)])
+    return text.getvalue()
+
+
+def _own_ids(svg: str, prefix: str) -> str:
+    """Prefix the plot's ids, since ids must be unique within the page that many plots share."""
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
+    svg = re.sub(r'(xlink:href|href)="#', rf'\1="#{prefix}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{prefix}-", svg)
+    return svg.replace("<svg ", '<svg role="img" ', 1)

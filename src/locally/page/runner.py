@@ -1,0 +1,289 @@
+"""Runs experiments, each in a process of its own, under limits of time and memory.
+
+`execute` runs one job to its end and always comes back with evidence: a crash, a hang, a kill or a full disk in the
+experiment is a status, not an exception. `run_jobs` keeps several going at once and yields each as it ends.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+import psutil
+
+import locally
+from locally.evidence import Claim, Evidence, Figure, Measure, Outcome, Scale, Status, Verdict, judge
+from locally.page.worker import Job
+
+TIME_LIMITS = {Scale.QUICK: 120.0, Scale.DEFAULT: 600.0, Scale.PAPER: 7 * 86400.0}  # seconds
+SEEDS = {Scale.QUICK: 3, Scale.DEFAULT: 5, Scale.PAPER: 10}
+MEMORY_SHARE = 0.8  # of the machine, where no limit is given
+POLL = 0.1  # seconds
+LOG_LIMIT = 200_000  # characters kept, from the end
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """`fraction` in [0, 1] of the job's work, and what it is doing."""
+
+    slug: str
+    fraction: float
+    label: str
+
+
+def execute(
+    job: Job,
+    claims: Sequence[Claim],
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    stop: threading.Event | None = None,
+) -> Evidence:
+    """Run one job in a fresh process and wait for it; `stop` ends it early with status *cancelled*."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    begin = time.monotonic()
+    status, peak, result, log = Status.CRASHED, 0.0, dict[str, Any](), ""
+    figures: tuple[Figure, ...] = ()
+    try:
+        with tempfile.TemporaryDirectory(prefix="locally-", ignore_cleanup_errors=True) as name:
+            folder = Path(name)
+            status, peak, code = _run_worker(job, folder, on_progress, stop or threading.Event())
+            log = (folder / "log").read_text(encoding="utf-8", errors="replace")[-LOG_LIMIT:]
+            result, reason = _read_result(folder, log)
+            figures = _figures(folder, result)
+        if status is Status.FINISHED and not result:
+            status, reason = Status.CRASHED, reason or _how_it_died(code)
+        elif status is Status.FINISHED and result["error"]:
+            status, reason = Status(result["status"]), result["error"]
+        elif status is not Status.FINISHED:
+            reason = _why_stopped(status, job)
+    except OSError as error:
+        status, reason = Status.CRASHED, f"{type(error).__name__}: {error}"
+
+    measures = tuple(Measure.from_dict(m) for m in result.get("measures", ()))
+    finished = status is Status.FINISHED
+    verdict = judge(claims, measures, job.scale) if finished else Verdict(Outcome.INCONCLUSIVE, reason)
+    return Evidence(
+        slug=job.slug,
+        scale=job.scale,
+        status=status,
+        verdict=verdict,
+        measures=measures,
+        seeds=job.seeds,
+        started=started,
+        seconds=time.monotonic() - begin,
+        peak_memory_mib=max(peak, result.get("peak_memory_mib", 0.0)),
+        device=job.device,
+        figures=figures,
+        versions=result.get("versions", {}),
+        code_version=code_version(),
+        git_revision=git_revision(),
+        machine=result.get("machine", {}),
+        log=log,
+    )
+
+
+def run_jobs(
+    jobs: Sequence[tuple[Job, Sequence[Claim]]],
+    *,
+    at_once: int = 1,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    executor: Executor | None = None,
+) -> Iterator[Evidence]:
+    """Run all jobs, `at_once` at a time with the cores shared out among them, and yield each as it ends.
+
+    Leaving the iterator early (an exception, Ctrl-C) stops what runs and starts nothing more.
+    """
+    stop = threading.Event()
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    pool = executor or ThreadPoolExecutor(max_workers=at_once)
+    try:
+        pending: set[Future[Evidence]] = {
+            pool.submit(execute, replace(job, threads=threads), claims, on_progress, stop) for job, claims in jobs
+        }
+        while pending:
+            # a short wait, so that Ctrl-C is seen at once
+            done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    finally:
+        stop.set()
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _run_worker(
+    job: Job, folder: Path, on_progress: Callable[[Progress], None], stop: threading.Event
+) -> tuple[Status, float, int]:
+    """How the process ended by our own hand (FINISHED when it ended by itself), peak memory in MiB, exit code."""
+    with open(folder / "log", "wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "locally.page.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            cwd=folder,
+            env=_environment(job.threads),
+            start_new_session=True,
+        )
+    status, peak = _watch(process, job, on_progress, stop)
+    return status, peak, process.returncode
+
+
+def _watch(
+    process: "subprocess.Popen[bytes]", job: Job, on_progress: Callable[[Progress], None], stop: threading.Event
+) -> tuple[Status, float]:
+    """Feed the job in, pass its progress on, and enforce the limits until it ends."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(job.to_json().encode() + b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        pass  # it died at start-up; the log says why
+    reader = threading.Thread(target=_read_progress, args=(process.stdout, job.slug, on_progress), daemon=True)
+    reader.start()
+
+    deadline = time.monotonic() + _time_limit(job)
+    peak, status = 0.0, Status.FINISHED
+    while process.poll() is None:
+        peak = max(peak, resident_mib(process.pid))
+        if stop.is_set():
+            status = Status.CANCELLED
+        elif time.monotonic() > deadline:
+            status = Status.TIMED_OUT
+        elif peak > _memory_limit(job):
+            status = Status.OUT_OF_MEMORY
+        if status is not Status.FINISHED:
+            break
+        time.sleep(POLL)
+    _end(process)
+    reader.join(timeout=5)
+    process.stdin.close()
+    return status, peak
+
+
+def _read_progress(stream: IO[bytes], slug: str, on_progress: Callable[[Progress], None]) -> None:
+    with stream:
+        for line in stream:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # the line that a kill cut short
+            if "fraction" in event:
+                on_progress(Progress(slug, event["fraction"], event["label"]))
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    """End the experiment and every process that it started."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of a process and its descendants."""
+    try:
+        root = psutil.Process(pid)
+        family = [root, *root.children(recursive=True)]
+    except psutil.Error:
+        return 0.0
+    total = 0
+    for member in family:
+        try:
+            total += member.memory_info().rss
+        except psutil.Error:
+            continue
+    return total / 2**20
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return os.environ | dict.fromkeys(THREAD_VARIABLES, str(threads)) | {"PYTHONUNBUFFERED": "1", "MPLBACKEND": "agg"}
+
+
+def _time_limit(job: Job) -> float:
+    return job.time_limit or TIME_LIMITS[job.scale]
+
+
+def _memory_limit(job: Job) -> float:
+    return job.memory_limit or MEMORY_SHARE * psutil.virtual_memory().total / 2**20
+
+
+def _read_result(folder: Path, log: str) -> tuple[dict[str, Any], str]:
+    """What the worker wrote, or why there is nothing."""
+    try:
+        return json.loads((folder / "result.json").read_text(encoding="utf-8")), ""
+    except FileNotFoundError:
+        lines = [line for line in log.splitlines() if line.strip()]
+        return {}, lines[-1] if lines and "Error" in lines[-1] else ""
+    except ValueError:
+        return {}, "its result was cut short: is the disk full?"
+
+
+def _why_stopped(status: Status, job: Job) -> str:
+    return {
+        Status.TIMED_OUT: f"stopped at its time limit of {_time_limit(job):g} s",
+        Status.OUT_OF_MEMORY: f"stopped at its memory limit of {_memory_limit(job):.0f} MiB",
+    }.get(status, "stopped before its end")
+
+
+def _how_it_died(code: int) -> str:
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}" + (", perhaps by the system for want of memory" if name == "SIGKILL" else "")
+    return f"left with exit status {code} before its end"
+
+
+def _figures(folder: Path, result: dict[str, Any]) -> tuple[Figure, ...]:
+    return tuple(
+        Figure(
+            f["name"],
+            f["caption"],
+            f["svg"],
+            (folder / f"figure-{i}.pdf").read_bytes(),
+            (folder / f"figure-{i}.png").read_bytes(),
+        )
+        for i, f in enumerate(result.get("figures", ()))
+    )
+
+
+@cache
+def code_version() -> str:
+    """Fingerprint of the package's source and cards: what `--resume` compares."""
+    digest = hashlib.sha256()
+    root = Path(locally.__file__).parent
+    for file in sorted([*root.rglob("*.py"), *root.rglob("*.toml")]):
+        digest.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return f"{locally.__version__}+{digest.hexdigest()[:12]}"
+
+
+@cache
+def git_revision() -> str:
+    """Revision of the checkout that the package runs from, "-dirty" when changed, "" outside one."""
+    root = Path(locally.__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # an installed copy inside some other checkout is not ours
+        return git("rev-parse", "HEAD").strip() + ("-dirty" if git("status", "--porcelain", ".").strip() else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
