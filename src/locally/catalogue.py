@@ -191,11 +191,11 @@ def search(papers: Sequence[Paper], query: str) -> list[Paper]:
     vocabulary = sorted({word for words in fields for word in words})
     scores = [0.0] * len(papers)
     for word in _words(query):
+        wanted = (word,)
         if not any(v.startswith(word) for v in vocabulary):
-            near = difflib.get_close_matches(word, vocabulary, 1, cutoff=0.75)
-            word = near[0] if near else word
+            wanted = tuple(difflib.get_close_matches(word, vocabulary, 3, cutoff=0.75)) or wanted
         for i, words in enumerate(fields):
-            hit = max((weight for w, weight in words.items() if w.startswith(word)), default=0)
+            hit = max((weight for w, weight in words.items() if w.startswith(wanted)), default=0)
             scores[i] = scores[i] + hit if hit and scores[i] >= 0 else -1.0
     ranked = sorted((i for i in range(len(papers)) if scores[i] > 0), key=lambda i: -scores[i])
     return [papers[i] for i in ranked]

@@ -334,3 +334,7 @@ def _age(started: str) -> str:
         if seconds >= length:
             return f"{seconds // length:.0f} {unit}"
     return "now"
+
+
+if __name__ == "__main__":
+    main()

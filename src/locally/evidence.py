@@ -148,7 +148,7 @@ class Claim:
             return Finding(self, Outcome.INCONCLUSIVE, reason=f'no "{self.metric}" was recorded for {self.method}')
         if None in by_seed and len(by_seed) > 1:
             return Finding(self, Outcome.INCONCLUSIVE, reason="recorded both with and without a seed")
-        values = [math.fsum(v) / len(v) for v in by_seed.values()]
+        values = [average(v) for v in by_seed.values()]
         if any(math.isnan(v) for v in values):
             return Finding(self, Outcome.INCONCLUSIVE, seeds=len(values), reason="a measure is not a number")
 
@@ -268,7 +268,7 @@ def interval(values: Sequence[float], *, exact: bool = False) -> tuple[float, fl
     A deterministic quantity, or one that came out the same on every seed, is its own interval; one infinite value
     makes the interval the hull of the values, since no normal approximation covers that.
     """
-    mean = math.fsum(values) / len(values)
+    mean = average(values)
     if exact or len(values) == 1 or min(values) == max(values):
         return (values[0], values[0], values[0]) if min(values) == max(values) else (mean, mean, mean)
     if any(math.isinf(v) for v in values):
@@ -276,9 +276,14 @@ def interval(values: Sequence[float], *, exact: bool = False) -> tuple[float, fl
     from scipy.special import stdtrit
 
     n = len(values)
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    deviation = math.hypot(*sorted(v - mean for v in values)) / math.sqrt(n - 1)
     half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * deviation / math.sqrt(n)
     return mean, mean - half, mean + half
+
+
+def average(values: Sequence[float]) -> float:
+    """Mean that no order of the values changes; divides first, so that large ones do not overflow."""
+    return math.fsum(v / len(values) for v in values)
 
 
 def show_interval(estimate: float, low: float, high: float) -> str:

@@ -17,7 +17,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from locally.errors import UsageError
-from locally.evidence import Claim, Evidence, Finding, Measure, Outcome, Paper, Status, interval, show_interval
+from locally.evidence import Claim, Evidence, Finding, Measure, Outcome, Paper, Status, average, interval, show_interval
 from locally.page.store import Store
 
 LOG_SHOWN = 4_000  # characters
@@ -170,7 +170,7 @@ def method_table(measures: Iterable[Measure], claimed: Sequence[str], limit: int
 def _cell(by_seed: dict[int | None, list[float]]) -> Cell:
     if not by_seed:
         return Cell("")
-    values = [sum(v) / len(v) for v in by_seed.values()]
+    values = [average(v) for v in by_seed.values()]
     estimate, low, high = interval(values)
     if low == high:
         return Cell(f"{estimate:.4g}")

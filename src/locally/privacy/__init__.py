@@ -1,0 +1,1 @@
+"""Differential privacy, local and central."""
