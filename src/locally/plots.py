@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from matplotlib import rc_context
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure as MatplotlibFigure
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 
 from locally.evidence import Figure, Measure
 
@@ -68,7 +71,7 @@ def lines(measures: Sequence[Measure], x: str, y: str, *, log: bool = False, tit
     if log:
         axes.set(xscale="log", yscale="log")
     axes.set(xlabel=x, ylabel=y, title=title)
-    axes.legend(labelcolor=INK)
+    axes.legend()
     return figure
 
 
@@ -95,6 +98,7 @@ def bars(measures: Sequence[Measure], metric: str, *, log: bool = False, title: 
 
 def freeze(figure: MatplotlibFigure, name: str, caption: str = "") -> Figure:
     """Render once to SVG (text as text, ink as currentColor), PDF and PNG; the same figure gives the same bytes."""
+    _ink(figure)
     with rc_context(STYLE | {"svg.hashsalt": name, "pdf.fonttype": 42}):
         svg, pdf, png = io.StringIO(), io.BytesIO(), io.BytesIO()
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
@@ -104,3 +108,12 @@ def freeze(figure: MatplotlibFigure, name: str, caption: str = "") -> Figure:
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     return Figure(name, caption, text, pdf.getvalue(), png.getvalue())
+
+
+def _ink(figure: MatplotlibFigure) -> None:
+    """Give default black text the page's ink and legends no box, wherever they were made."""
+    for text in figure.findobj(Text):
+        if to_hex(text.get_color()) == "#000000":
+            text.set_color(INK)
+    for legend in figure.findobj(Legend):
+        legend.set_frame_on(False)

@@ -72,6 +72,7 @@ class PaperView:
     claims: list[ClaimRow]
     table: MethodTable | None
     figures: list[FigureView]
+    machine: str
     log: str
 
 
@@ -83,6 +84,7 @@ def write(folder: Path, papers: Sequence[Paper], store: Store) -> Path:
     """
     evidence = {p.slug: store.latest(p.slug) for p in papers}
     views = [view(p, evidence[p.slug]) for p in papers]
+    views.sort(key=lambda v: (v.evidence is None, not v.paper.runnable))  # what ran comes first
     page = render(views)
     try:
         (folder / "figures").mkdir(parents=True, exist_ok=True)
@@ -121,7 +123,7 @@ def view(paper: Paper, evidence: Evidence | None) -> PaperView:
     if evidence is None:
         label = NOT_RUN if paper.runnable else NOT_RUNNABLE
         claims = [ClaimRow(c) for c in paper.claims]
-        return PaperView(paper, None, label, KINDS[label], short_authors(paper), claims, None, [], "")
+        return PaperView(paper, None, label, KINDS[label], short_authors(paper), claims, None, [], "", "")
     return PaperView(
         paper=paper,
         evidence=evidence,
@@ -134,12 +136,20 @@ def view(paper: Paper, evidence: Evidence | None) -> PaperView:
             FigureView(Markup(_own_ids(f.svg, f"{paper.slug}-{i}")), f.name, f.caption, f"{paper.slug}-{i}")
             for i, f in enumerate(evidence.figures, 1)
         ],
+        machine=_machine(evidence),
         log=evidence.log[-LOG_SHOWN:].strip(),
     )
 
 
 def short_authors(paper: Paper) -> str:
     return ", ".join(paper.authors[:3]) + (" and others" if len(paper.authors) > 3 else "")
+
+
+def _machine(evidence: Evidence) -> str:
+    facts = evidence.machine
+    return (
+        f"{facts['processor']}, {facts['cores']} cores, {facts['memory_gib']} GiB, {facts['system']}" if facts else ""
+    )
 
 
 def _claim_row(finding: Finding) -> ClaimRow:
