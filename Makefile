@@ -1,0 +1,52 @@
+# Every target sets up .venv by itself; set-up may be interrupted and repeated.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+JOBS ?= 2
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
+
+.PHONY: setup run test check bench page evidence browser clean
+
+setup: .venv/ready
+
+# the stamp comes last, so a set-up that was cut short is taken up again
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Locally needs Python 3.11 or newer; name one with PYTHON=..." if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv --clear .venv
+	@echo "Installing into .venv; the first time this takes a few minutes"
+	@$(PIP) install --constraint constraints.txt --editable ".[dev,privacy]"
+	@touch $@
+
+.venv/ready-bench: .venv/ready
+	@$(PIP) install --constraint constraints.txt --editable ".[bench]"
+	@touch $@
+
+run: .venv/ready  ## run every paper at quick scale on embedded input and write report/index.html
+	@$(BIN)/locally run --all --scale quick --jobs $(JOBS) --output report || test $$? -eq 1
+
+test: check browser  ## lint, type-check, and run the whole suite
+	$(BIN)/python -m pytest -n $(JOBS)
+
+check: .venv/ready  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready-bench  ## ratios to the peers; ONLY=halpern for one
+	$(BIN)/python -m benchmarks $(ONLY)
+
+page: .venv/ready  ## write the report from what is stored and open it
+	$(BIN)/locally report --output report --open
+
+evidence: .venv/ready browser  ## run everything at default scale; regenerate the README's table and picture
+	$(BIN)/locally run --all --scale default --json > docs/evidence.jsonl || test $$? -eq 1
+	$(BIN)/python -m docs.readme
+
+# the browser tests drive Debian's Chromium; elsewhere, without root, they are skipped and say so
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium fonts-dejavu-core >/dev/null; } || \
+	  echo "Chromium is missing and cannot be installed here: the browser tests will be skipped"
+
+clean:
+	rm -rf .venv report
