@@ -1,7 +1,7 @@
 """Regenerate the README's table from the cards and from the runs in `docs/evidence.jsonl`, and its picture.
 
-    python -m docs.readme            table and picture
-    python -m docs.readme --table    table only
+python -m docs.readme            table and picture
+python -m docs.readme --table    table only
 """
 
 import json
