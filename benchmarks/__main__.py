@@ -1,6 +1,6 @@
 """Run the benchmarks, print their ratios, write one JSON file each under `benchmarks/results/`.
 
-    python -m benchmarks [WORD ...]     only those whose module name contains one of the words
+python -m benchmarks [WORD ...]     only those whose module name contains one of the words
 """
 
 import importlib
@@ -19,7 +19,9 @@ def main(words: list[str]) -> None:
     modules = sorted(".".join(p.relative_to(HERE.parent).with_suffix("").parts) for p in HERE.rglob("bench_*.py"))
     chosen = [m for m in modules if not words or any(w in m for w in words)]
     if not chosen:
-        sys.exit(f"no benchmark named like {' '.join(words)}; there are {', '.join(m.split('_', 1)[1] for m in modules)}")
+        sys.exit(
+            f"no benchmark named like {' '.join(words)}; there are {', '.join(m.split('_', 1)[1] for m in modules)}"
+        )
     versions = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"] in PEERS}
     (HERE / "results").mkdir(exist_ok=True)
     for module in chosen:

@@ -74,9 +74,9 @@ class LiveBoard(QuietBoard):
 
     def _table(self) -> Table:
         table = Table(box=box.SIMPLE, pad_edge=False, show_edge=False, show_header=False)
-        table.add_column(no_wrap=True)
-        table.add_column(width=16)
-        table.add_column(justify="right", no_wrap=True)
+        table.add_column(no_wrap=True, min_width=max(map(len, self._slugs), default=0))
+        table.add_column(min_width=13, max_width=13)
+        table.add_column(justify="right", no_wrap=True, min_width=7)
         table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
         for slug in self._slugs:
             table.add_row(slug, *self._state(slug))
