@@ -24,7 +24,7 @@ run: .venv/ready  ## run every paper at quick scale on embedded input and write 
 	@$(BIN)/locally run --all --scale quick --jobs $(JOBS) --output report || test $$? -eq 1
 
 test: check browser  ## lint, type-check, and run the whole suite
-	$(BIN)/python -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 check: .venv/ready  ## ruff and mypy
 	$(BIN)/ruff check .
