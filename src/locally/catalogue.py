@@ -191,7 +191,7 @@ def search(papers: Sequence[Paper], query: str) -> list[Paper]:
     vocabulary = sorted({word for words in fields for word in words})
     scores = [0.0] * len(papers)
     for word in _words(query):
-        wanted = (word,)
+        wanted: tuple[str, ...] = (word,)
         if not any(v.startswith(word) for v in vocabulary):
             wanted = tuple(difflib.get_close_matches(word, vocabulary, 3, cutoff=0.75)) or wanted
         for i, words in enumerate(fields):
