@@ -37,8 +37,8 @@ bench: .venv/ready-bench  ## ratios to the peers; ONLY=halpern for one
 page: .venv/ready  ## write the report from what is stored and open it
 	$(BIN)/locally report --output report --open
 
-evidence: .venv/ready browser  ## run everything at default scale; regenerate the README's table and picture
-	$(BIN)/locally run --all --scale default --json > docs/evidence.jsonl || test $$? -eq 1
+evidence: .venv/ready browser  ## run at default scale (PAPERS="halpern loop" for some); regenerate README's table, picture
+	$(BIN)/locally run $(or $(PAPERS),--all) --scale default --json >> docs/evidence.jsonl || test $$? -eq 1
 	$(BIN)/python -m docs.readme
 
 # the browser tests drive Debian's Chromium; elsewhere, without root, they are skipped and say so

@@ -162,3 +162,26 @@ def test_the_built_in_folder_needs_no_registration():
     """Adding a paper touches no existing file: no module lists the papers by name."""
     sources = [p.read_text() for p in Path(catalogue.__file__).parent.glob("*.py")]
     assert not any("learning-to-relax" in s or "learning_to_relax" in s for s in sources)
+
+
+def test_a_card_parsed_before_is_read_again_when_it_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOCALLY_HOME", str(tmp_path / "home"))
+    cards = tmp_path / "cards"
+    cards.mkdir()
+    file = cards / "first_paper.toml"
+    file.write_text(CARD)
+    assert load([cards]) == load([cards])
+    monkeypatch.setattr(catalogue.tomllib, "loads", lambda text: pytest.fail("parsed again without need"))
+    assert load([cards])[0].published == "2020-01-01"
+    monkeypatch.undo()
+    monkeypatch.setenv("LOCALLY_HOME", str(tmp_path / "home"))
+    file.write_text(CARD.replace('"First"', '"Changed"'))
+    assert load([cards])[0].title == "Changed"
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[1]", '{"half', "\x00"])
+def test_a_damaged_memory_of_cards_is_made_anew(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("LOCALLY_HOME", str(tmp_path))
+    (tmp_path / "cards.json").write_text(content)
+    assert len(load([catalogue.BUILT_IN])) == 31
+    assert len(catalogue.json.loads((tmp_path / "cards.json").read_text())) == 31

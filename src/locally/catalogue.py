@@ -4,9 +4,11 @@ An experiment is the file `<stem>.py` beside its card; it is imported only when 
 here, so that listing and searching papers is instant.
 """
 
+import contextlib
 import difflib
 import importlib
 import importlib.util
+import json
 import os
 import re
 import tomllib
@@ -17,6 +19,7 @@ from typing import Any
 
 from locally.errors import UsageError
 from locally.evidence import Claim, Paper, Relation, Run, Scale
+from locally.home import home
 
 BUILT_IN = Path(__file__).parent / "papers"
 
@@ -60,23 +63,60 @@ def load(where: Iterable[Path] | None = None) -> list[Paper]:
         CardError: a card is malformed, or two share a slug or a number; says which file, key and why.
     """
     papers: list[Paper] = []
+    parsed = ParsedCards()
     for folder in folders() if where is None else where:
         if not folder.is_dir():
             raise UsageError(f"LOCALLY_PAPERS names {folder}, which is not a folder")
         for file in sorted(folder.glob("*.toml")):
-            paper = read_card(file)
+            paper = read_card(file, parsed)
             for other in papers:
                 if other.slug == paper.slug or other.number == paper.number:
                     key = "slug" if other.slug == paper.slug else "number"
                     raise CardError(file, key, f"{getattr(paper, key)} belongs to {other.title!r} already")
             papers.append(paper)
+    parsed.keep()
     return sorted(papers, key=lambda p: p.number)
 
 
-def read_card(file: Path) -> Paper:
+class ParsedCards:
+    """Cards as they were parsed before, by path, time and size.
+
+    Cards seldom change and the standard library's TOML parser is slow: without this, listing the papers would take
+    twice as long. What cannot be read or kept is parsed again.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, Any] = {}
+        self._changed = False
+        with contextlib.suppress(OSError, ValueError, TypeError, UsageError):
+            self._file = home() / "cards.json"
+            self._known = dict(json.loads(self._file.read_bytes()))
+
+    def read(self, file: Path) -> dict[str, Any]:
+        stat = file.stat()
+        stamp = [stat.st_mtime_ns, stat.st_size]
+        known = self._known.get(str(file))
+        if known and known["stamp"] == stamp:
+            return known["card"] | {"published": date.fromisoformat(known["card"]["published"])}
+        card = tomllib.loads(file.read_text(encoding="utf-8"))
+        if type(card.get("published")) is date:  # the one kind of value that a card has and JSON lacks
+            self._known[str(file)] = {"stamp": stamp, "card": card}
+            self._changed = True
+        return card
+
+    def keep(self) -> None:
+        if not self._changed:
+            return
+        with contextlib.suppress(OSError, TypeError, AttributeError):
+            draft = self._file.with_suffix(f".{os.getpid()}")
+            draft.write_text(json.dumps(self._known, default=date.isoformat), encoding="utf-8")
+            os.replace(draft, self._file)
+
+
+def read_card(file: Path, parsed: ParsedCards | None = None) -> Paper:
     """One card; `CardError` names the file, the key and the reason."""
     try:
-        card = tomllib.loads(file.read_text(encoding="utf-8"))
+        card = (parsed or ParsedCards()).read(file)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise CardError(file, "syntax", str(error)) from None
     _check_keys(file, card, REQUIRED, OPTIONAL, "")
