@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from docs.readme import BEGIN, END, stored_runs, table
+from docs.readme import BEGIN, CLAIMS, END, stored_runs, summary, table
 from locally import catalogue
 
 ROOT = Path(__file__).parent.parent
@@ -21,9 +21,10 @@ def test_the_readmes_code_runs(code):
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=120)
 
 
-def test_the_table_is_generated_from_cards_and_runs():
-    shown = README.split(BEGIN)[1].split(END)[0]
-    assert shown == table(catalogue.load([catalogue.BUILT_IN]), stored_runs())
+def test_the_tables_are_generated_from_cards_and_runs():
+    papers, runs = catalogue.load([catalogue.BUILT_IN]), stored_runs()
+    assert README.split(BEGIN)[1].split(END)[0] == summary(papers, runs)
+    assert CLAIMS.read_text(encoding="utf-8") == table(papers, runs)
 
 
 def test_every_runnable_paper_has_a_stored_run():
