@@ -11,7 +11,7 @@ from torch import Tensor
 
 from locally.linalg.krylov import kernels
 from locally.linalg.krylov.method import KrylovMethod, Recurrence
-from locally.linalg.krylov.operators import Operator
+from locally.linalg.krylov.operators import Dense, Operator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +68,25 @@ class ConjugateGradients(Recurrence):
 
     def step(self) -> int | None:
         self.A.product(self.p, self.q)
-        running = kernels.cg_advance(*self.advance_arrays, self.tiny) if self.compiled else self.advance()
+        running = None
+        if self.compiled:
+            running = kernels.cg_advance(*self.advance_arrays, self.tiny)
+        else:
+            self.advance()
         if self.M is not None:
             self.M.product(self.r, self.z)
         if self.compiled:
             return running and kernels.cg_turn(*self.turn_arrays)
         self.turn()
         return None
+
+    def steps(self, most: int) -> tuple[list[Tensor], int | None]:
+        if self.matrices is None or most == 1:
+            return super().steps(most)
+        before = self.iterations.clone()
+        history = self.norms.new_empty(most, len(self.norms))
+        running = kernels.cg_dense(self.matrices, history.numpy(), *self.advance_arrays, self.tiny)
+        return list(history[: int((self.iterations - before).max())]), running
 
     def advance(self) -> None:
         """x += alpha p, r -= alpha A p, unless p'Ap says that A is not positive definite."""
@@ -108,8 +120,13 @@ class ConjugateGradients(Recurrence):
         return torch.linalg.vector_norm(self.q, dim=1) / torch.linalg.vector_norm(self.p, dim=1)
 
     def bind(self) -> None:
+        self.matrices = None
         if not self.compiled:
             return
+        if self.M is None and isinstance(self.A, Dense):
+            batch, n = self.r.shape
+            if self.A.matrix.ndim == 3 or batch == 1:
+                self.matrices = self.A.matrix.detach().reshape(batch, n, n).contiguous().numpy()
         if self.M is None:
             self.z = self.r
         array = self.arrays()

@@ -110,6 +110,40 @@ def cg_turn(codes, r, z, p, rz, pp):
 
 @njit(**COMPILE)
 @no_type_check
+def cg_dense(matrices, history, codes, iterations, p, q, y, r, rz, pp, top, norms, targets, tiny):
+    """As many steps as `history` has rows, one system after the other: its matrix stays in the cache meanwhile.
+
+    Returns how many systems go on; rows of `history` are norms after a step, up to the last one of each system.
+    """
+    running = 0
+    for j in range(p.shape[0]):
+        one = slice(j, j + 1)
+        for step in range(history.shape[0]):
+            if codes[j] != RUNNING:
+                break
+            np.dot(matrices[j], p[j], q[j])
+            cg_advance(
+                codes[one],
+                iterations[one],
+                p[one],
+                q[one],
+                y[one],
+                r[one],
+                rz[one],
+                pp[one],
+                top[one],
+                norms[one],
+                targets[one],
+                tiny,
+            )
+            cg_turn(codes[one], r[one], r[one], p[one], rz[one], pp[one])
+            history[step, j] = norms[j]
+        running += codes[j] == RUNNING
+    return running
+
+
+@njit(**COMPILE)
+@no_type_check
 def lanczos_step(codes, q, v, u, u_old, alpha, beta):
     """q -= beta u_old, then q -= alpha u with alpha = <v, q>."""
     batch, n = q.shape

@@ -20,6 +20,7 @@ Callback = Callable[[int, Tensor], object]
 
 COMPILED_DEVICES = frozenset({"cpu"})
 ASK_EVERY = 8  # steps between questions to an accelerator whether anything still runs: each waits for it
+MOST = 64  # steps that a method may take before the others of the batch are looked at
 SHRINK_AT = 0.75  # share of systems still running at which the others leave the batch
 AIM = 0.99  # the recurrence aims below the tolerance, so that rounding in it does not cost a restart
 
@@ -43,6 +44,11 @@ class Recurrence(ABC):
     @abstractmethod
     def step(self) -> int | None:
         """One step of every running system; returns how many still run, None where asking would take long."""
+
+    def steps(self, most: int) -> tuple[list[Tensor], int | None]:
+        """Up to `most` steps: the norms after each of them, and what `step` returns after the last."""
+        known = self.step()
+        return [self.norms.clone()], known
 
     def stretch(self) -> Float[Tensor, " batch"]:
         """||A p|| / ||p|| for the direction p in which a system ran out of curvature."""
@@ -231,9 +237,9 @@ class _Solve:
         shown = self.norms.clone()
         running, shrinks = state.running(), True
         while running and self.spent < self.budget:
-            known = state.step()
-            self.spent += 1
-            rows.append(state.norms.clone())
+            norms, known = state.steps(1 if self.callback is not None else min(MOST, self.budget - self.spent))
+            self.spent += len(norms)
+            rows += norms
             if self.callback is not None:
                 shown[members] = state.norms.to(shown.dtype) * scale[members]
                 self.callback(self.spent, shown.clone())

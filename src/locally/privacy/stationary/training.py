@@ -19,7 +19,9 @@ from locally.privacy.stationary.spider import Callback, NoisyGradientDescent, Pr
 from locally.privacy.stationary.tree import PrivateTreeSpider
 
 TrainingMethod = PrivateSpiderBoost | NoisyGradientDescent | PrivateTreeSpider
-GRADIENT_MEMORY = 2**26  # numbers held as per-example gradients at one time, 512 MiB in double precision
+# Numbers held as per-example gradients at one time: what a processor's caches keep up with, more elsewhere.
+GRADIENT_MEMORY = {"cpu": 2**22}
+GRADIENT_MEMORY_ELSEWHERE = 2**26
 
 
 class ModuleObjective(PerExampleObjective):
@@ -33,7 +35,7 @@ class ModuleObjective(PerExampleObjective):
         smoothness: L1 > 0, differences are clipped to L1 times the distance moved. Both are hyper-parameters: choose
             them without looking at this data.
         beyond: clip (default) or refuse.
-        chunk: examples whose gradients are held together; by default as many as fit in half a gibibyte.
+        chunk: examples whose gradients are held together; by default as many as suit the device.
 
     Raises:
         ValueError: the module mixes examples (batch normalisation) or draws random numbers (dropout) in training
@@ -68,6 +70,7 @@ class ModuleObjective(PerExampleObjective):
             output = functional_call(module, (unflatten(w), fixed), (x.unsqueeze(0),))
             return loss(output, y.unsqueeze(0))
 
+        memory = GRADIENT_MEMORY.get(inputs.device.type, GRADIENT_MEMORY_ELSEWHERE)
         super().__init__(
             vmap(grad(example_loss), in_dims=(None, 0, 0)),
             inputs,
@@ -76,7 +79,7 @@ class ModuleObjective(PerExampleObjective):
             lipschitz=lipschitz,
             smoothness=smoothness,
             beyond=beyond,
-            chunk=max(1, GRADIENT_MEMORY // sum(sizes)) if chunk is None else chunk,
+            chunk=max(1, memory // sum(sizes)) if chunk is None else chunk,
         )
         self.trainable = trainable
 
