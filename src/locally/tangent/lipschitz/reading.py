@@ -1,0 +1,445 @@
+"""A torch module read into a graph of affine maps, sums and activations.
+
+The module is traced with torch.fx, copied in double precision, and compared with the graph at random points, so that
+whatever the tracer did not see (state, randomness, changes in place) is refused and not bounded wrongly.
+"""
+
+import copy
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.dropout import _DropoutNd
+
+from locally.checks import check_finite
+from locally.tangent.lipschitz.activations import (
+    Activation,
+    gelu,
+    leaky_relu,
+    relu,
+    sigmoid,
+    softplus,
+    tanh,
+)
+from locally.tangent.lipschitz.network import Network, Node, Sum
+from locally.tangent.lipschitz.operations import (
+    Affine,
+    Convolution,
+    Dense,
+    Diagonal,
+    Rearrangement,
+    normalisation,
+    window_indices,
+)
+
+
+def read_module(module: nn.Module, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Network:
+    """The graph of a module for inputs (N, *shape), in double precision on `device`.
+
+    Raises:
+        TypeError: `module` is not a torch module.
+        ValueError: a layer is not supported, in training mode, changes a value that is used again, or branches on
+            values; the message names it by its path.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(module).__name__}")
+    refuse_training(module)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        if tensor.is_floating_point():
+            check_finite(f"model: {name}", tensor)
+    twin = copy.deepcopy(module).to(device=device, dtype=torch.float64).requires_grad_(False)
+    if type(twin).__module__.startswith("torch.nn.") and not isinstance(twin, nn.Sequential):
+        twin = nn.Sequential(twin)  # a bare layer: the tracer would look inside
+    try:
+        graph = fx.Tracer().trace(twin)
+    except (fx.proxy.TraceError, TypeError) as error:
+        raise ValueError(
+            f"model: its path depends on values (control flow), so it has no fixed graph: {error}"
+        ) from error
+    refuse_reuse_after_change(graph, twin)
+    network = Reader(twin, graph, shape, torch.device(device)).network()
+    check_agreement(network, module, shape, torch.device(device))
+    return network
+
+
+def refuse_training(module: nn.Module) -> None:
+    for path, part in module.named_modules():
+        where = f"{path or 'the module itself'} ({type(part).__name__})"
+        if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
+            raise ValueError(
+                f"model: {where} normalises by batch: call model.eval() first, or track running statistics"
+            )
+        if part.training and ((isinstance(part, _DropoutNd) and part.p > 0) or isinstance(part, nn.RReLU)):
+            raise ValueError(f"model: {where} is random in training mode: call model.eval() first")
+
+
+VIEWS = (nn.Flatten, nn.Unflatten, nn.Identity, _DropoutNd)
+VIEW_NAMES = {"flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous"}
+
+
+def refuse_reuse_after_change(graph: fx.Graph, module: nn.Module) -> None:
+    """A value that a layer changes in place, and that is used again afterwards, is not what the graph says it is."""
+    nodes = list(graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    parts = dict(module.named_modules())
+    root: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        first = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+        part = parts.get(str(node.target)) if node.op == "call_module" else None
+        name = getattr(node.target, "__name__", str(node.target))
+        in_place = bool(getattr(part, "inplace", False) or node.kwargs.get("inplace", False)) or (
+            node.op != "call_module" and (name in ("iadd", "isub", "imul") or (name.endswith("_") and name[:1] != "_"))
+        )
+        is_view = isinstance(part, VIEWS) or (node.op != "call_module" and name in VIEW_NAMES)
+        root[node] = root[first] if first is not None and (is_view or in_place) else node
+        if in_place and first is not None:
+            for other in nodes:
+                if other in root and root[other] is root[first] and other is not node:
+                    late = [user for user in other.users if order[user] > order[node]]
+                    if late:
+                        raise ValueError(
+                            f"model: {node.target} changes in place what {late[0].target} uses afterwards: "
+                            "switch inplace off there"
+                        )
+
+
+def check_agreement(network: Network, module: nn.Module, shape: tuple[int, ...], device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(device)
+    own = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), dtype=torch.float64))
+    with torch.no_grad():
+        expected = module(x.to(own.dtype, copy=True)).to(torch.float64).reshape(2, -1)
+    found = network(x)
+    size = max(1.0, float(expected.abs().max()))
+    tolerance = 1e-7 if own.dtype == torch.float64 else 1e-3
+    if float((found - expected).abs().max()) > tolerance * size:
+        raise ValueError("model: its output differs from its traced graph: does it keep state or draw random numbers?")
+
+
+class Reader:
+    """Turns a traced graph into nodes, one fx node after the other."""
+
+    def __init__(self, module: nn.Module, graph: fx.Graph, shape: tuple[int, ...], device: torch.device) -> None:
+        self.module, self.graph = module, graph
+        self.parts = dict(module.named_modules())
+        self.builder = Builder(shape, device)
+        self.seen: dict[fx.Node, Any] = {}  # node index (wrapped), or a plain value such as a size or a parameter
+
+    def network(self) -> Network:
+        inputs = 0
+        for node in self.graph.nodes:
+            match node.op:
+                case "placeholder":
+                    inputs += 1
+                    if inputs > 1:
+                        raise ValueError(f"model: takes a second input, {node.target}; bounds need one tensor")
+                    self.seen[node] = Ref(0)
+                case "get_attr":
+                    value: Any = self.module
+                    for part in str(node.target).split("."):
+                        value = getattr(value, part)
+                    self.seen[node] = value.detach() if isinstance(value, Tensor) else value
+                case "call_module":
+                    self.seen[node] = self._module(str(node.target), self._value(node.args[0]))
+                case "call_function" | "call_method":
+                    self.seen[node] = self._function(node)
+                case "output":
+                    out = self._value(node.args[0])
+                    if not isinstance(out, Ref):
+                        raise ValueError("model: must return one tensor that depends on its input")
+                    return self.builder.finish(out.index)
+        raise ValueError("model: returns nothing")
+
+    def _value(self, arg: Any) -> Any:
+        return fx.node.map_arg(arg, lambda node: self.seen[node])
+
+    def _module(self, path: str, x: Any) -> Any:
+        part = self.parts[path]
+        if not isinstance(x, Ref):
+            raise ValueError(
+                f"model: {path} ({type(part).__name__}) is not applied to something that depends on the input"
+            )
+        return Ref(add_layer(self.builder, part, x.index, path))
+
+    def _function(self, node: fx.Node) -> Any:
+        name = getattr(node.target, "__name__", str(node.target)).rstrip("_")
+        args, kwargs = self._value(node.args), dict(self._value(node.kwargs))
+        kwargs.pop("inplace", None)
+        where = f"{name} (in {self._owner(node)})"
+        refs = [a for a in args if isinstance(a, Ref)]
+        if name in ("add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "neg"):
+            return self._arithmetic(name.removeprefix("i"), args, where)
+        if name in ("cat", "concat"):
+            return self._concatenate(args[0], kwargs.get("dim", args[1] if len(args) > 1 else 0), where)
+        if not refs:
+            return self._plain(node, args, kwargs, where)
+        x, rest = args[0], args[1:]
+        if not isinstance(x, Ref) or len(refs) > 1:
+            raise ValueError(f"model: {where} is not supported: it does not act on one tensor alone")
+        shape = self.builder.nodes[x.index].shape
+        if name in ("size", "getattr", "shape", "dim"):
+            return self._plain(node, (torch.empty(1, *shape), *rest), kwargs, where)
+        if name == "linear":
+            weight, bias = (*rest, kwargs.get("bias"))[:2]
+            return Ref(self.builder.affine(Dense(weight, bias), x.index, where))
+        if (activation := function_activation(name, rest, kwargs)) is not None:
+            return Ref(self.builder.activation(activation, x.index, where))
+        if name == "dropout":
+            return x
+        if name in ("max_pool2d", "boolean_dispatch"):
+            pool = nn.MaxPool2d(*rest, **{k: v for k, v in kwargs.items() if k != "return_indices"})
+            return Ref(add_max_pool(self.builder, pool, x.index, where))
+        if name in ("view", "reshape", "flatten", "unflatten"):
+            return Ref(self._reshape(name, x.index, rest, kwargs, where))
+        if name in REARRANGING:
+            if name == "pad" and (kwargs.get("value") or (len(rest) > 2 and rest[2])):
+                raise ValueError(f"model: {where} pads with a value other than 0, which is not supported")
+            call = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
+            return Ref(self.builder.rearrange(lambda v: call(v, *rest, **kwargs), x.index, where))  # type: ignore[operator]
+        raise ValueError(f"model: {where} is not supported")
+
+    def _owner(self, node: fx.Node) -> str:
+        stack = node.meta.get("nn_module_stack") or {}
+        path = list(stack)[-1] if stack else ""
+        return path or "the module itself"
+
+    def _plain(self, node: fx.Node, args: tuple, kwargs: dict, where: str) -> Any:
+        """What does not depend on the input's values: sizes, and arithmetic on parameters."""
+        try:
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(f"model: {where} is not supported: {error}") from error
+
+    def _arithmetic(self, name: str, args: tuple, where: str) -> Any:
+        b = self.builder
+        if name == "neg":
+            return Ref(b.affine(Diagonal(b.like.new_tensor(-1.0), None), args[0].index, where))
+        left, right = args[:2]
+        if not isinstance(left, Ref) and not isinstance(right, Ref):
+            return {"add": operator.add, "sub": operator.sub, "mul": operator.mul}.get(name, operator.truediv)(
+                left, right
+            )
+        if isinstance(left, Ref) and isinstance(right, Ref):
+            if name not in ("add", "sub"):
+                raise ValueError(f"model: {where} multiplies two values that depend on the input: not supported")
+            if b.nodes[left.index].shape != b.nodes[right.index].shape:
+                raise ValueError(f"model: {where} broadcasts one value over another, which is not supported")
+            return Ref(b.sum((left.index, right.index), (1.0, 1.0 if name == "add" else -1.0), where))
+        x, constant = (left, right) if isinstance(left, Ref) else (right, left)
+        constant = torch.as_tensor(constant, dtype=b.like.dtype, device=b.like.device)
+        shape = b.nodes[x.index].shape
+        if constant.ndim > len(shape):
+            if constant.shape[0] != 1:
+                raise ValueError(f"model: {where} adds or multiplies a constant with a batch dimension")
+            constant = constant[0]
+        if torch.broadcast_shapes(constant.shape, shape) != torch.Size(shape):
+            raise ValueError(f"model: {where} broadcasts its input over a constant, which is not supported")
+        if name in ("truediv", "div"):
+            if x is right:
+                raise ValueError(f"model: {where} divides by a value that depends on the input: not supported")
+            return Ref(b.affine(Diagonal(1 / constant, None), x.index, where))
+        if name == "mul":
+            return Ref(b.affine(Diagonal(constant, None), x.index, where))
+        if name == "sub" and x is right:
+            return Ref(b.affine(Diagonal(b.like.new_tensor(-1.0), constant), x.index, where))
+        return Ref(b.affine(Diagonal(None, -constant if name == "sub" else constant), x.index, where))
+
+    def _concatenate(self, parts: Any, dim: int, where: str) -> "Ref":
+        if not all(isinstance(p, Ref) for p in parts):
+            raise ValueError(f"model: {where} joins a constant, which is not supported")
+        return Ref(self.builder.concatenate([p.index for p in parts], dim, where))
+
+    def _reshape(self, name: str, index: int, rest: tuple, kwargs: dict, where: str) -> int:
+        shape = self.builder.nodes[index].shape
+        try:
+            out = getattr(torch.empty(1, *shape), name)(*rest, **kwargs).shape
+        except RuntimeError as error:
+            raise ValueError(f"model: {where} is not supported: {error}") from error
+        if len(out) < 2 or out[0] != 1:
+            raise ValueError(f"model: {where} mixes the batch dimension with others")
+        return self.builder.reshape(index, tuple(out[1:]), where)
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Index of a node that depends on the input."""
+
+    index: int
+
+
+REARRANGING = {
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "pad", "mean", "sum",
+    "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "getitem",
+}  # fmt: skip
+
+
+def function_activation(name: str, rest: tuple, kwargs: dict) -> Activation | None:
+    """Of torch.nn.functional, torch, or Tensor."""
+    if name == "relu":
+        return relu()
+    if name in ("tanh", "sigmoid"):
+        return tanh() if name == "tanh" else sigmoid()
+    if name == "leaky_relu":
+        return leaky_relu(rest[0] if rest else kwargs.get("negative_slope", 0.01))
+    if name == "softplus":
+        return softplus(rest[0] if rest else kwargs.get("beta", 1.0))
+    if name == "gelu" and (rest[0] if rest else kwargs.get("approximate", "none")) == "none":
+        return gelu()
+    return None
+
+
+class Builder:
+    """Appends nodes and keeps their shapes."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> None:
+        self.nodes = [Node(None, (), tuple(shape), "input")]
+        self.like = torch.zeros((), dtype=torch.float64, device=device)
+
+    def affine(self, op: Affine, x: int, path: str) -> int:
+        shape = self.nodes[x].shape
+        try:
+            out = op.push(self.like.new_zeros(1, *shape)).shape[1:]
+        except RuntimeError as error:
+            raise ValueError(f"model: {path} does not take an input of shape {shape}: {error}") from error
+        if op.bias is not None and tuple(op.bias.shape) != tuple(out):
+            op.bias = op.bias.expand(out).contiguous()
+        return self._append(Node(op, (x,), tuple(out), path))
+
+    def rearrange(self, function: Callable[[Tensor], Tensor], x: int, path: str) -> int:
+        shape = self.nodes[x].shape
+        trial = torch.stack([self.like.new_zeros(shape), self.like.new_ones(shape)])
+        try:
+            out = function(trial)
+        except RuntimeError as error:
+            raise ValueError(f"model: {path} is not supported: {error}") from error
+        if out.shape[:1] != (2,) or not torch.equal(out[1:], function(trial[1:])):
+            raise ValueError(f"model: {path} mixes the batch dimension with others")
+        return self.affine(Rearrangement(function, shape, self.like), x, path)
+
+    def reshape(self, x: int, shape: tuple[int, ...], path: str) -> int:
+        if shape == self.nodes[x].shape:
+            return x
+        return self.rearrange(lambda v: v.reshape(len(v), *shape), x, path)
+
+    def sum(self, inputs: tuple[int, ...], signs: tuple[float, ...], path: str) -> int:
+        return self._append(Node(Sum(signs), inputs, self.nodes[inputs[0]].shape, path))
+
+    def activation(self, op: Activation, x: int, path: str) -> int:
+        return self._append(Node(op, (x,), self.nodes[x].shape, path))
+
+    def concatenate(self, parts: list[int], dim: int, path: str) -> int:
+        """As a sum of parts that are padded with zeros."""
+        shapes = [self.nodes[p].shape for p in parts]
+        axis = dim - 1 if dim > 0 else dim % len(shapes[0]) if dim < 0 else -1
+        if axis < 0:
+            raise ValueError(f"model: {path} joins along the batch dimension")
+        total, start, padded = sum(s[axis] for s in shapes), 0, []
+        for part, shape in zip(parts, shapes):
+            behind = len(shape) - 1 - axis
+            pads = [0, 0] * behind + [start, total - start - shape[axis]]
+            padded.append(self.rearrange(partial(F.pad, pad=pads), part, path))
+            start += shape[axis]
+        return self.sum(tuple(padded), (1.0,) * len(padded), path)
+
+    def finish(self, out: int) -> Network:
+        out = self.reshape(out, (self.nodes[out].size,), "output")
+        if out == 0:
+            out = self.affine(Diagonal(None, None), out, "output")
+        return Network(self.nodes[: out + 1])
+
+    def _append(self, node: Node) -> int:
+        self.nodes.append(node)
+        return len(self.nodes) - 1
+
+
+def add_layer(b: Builder, part: nn.Module, x: int, path: str) -> int:
+    """Nodes of one torch.nn layer applied to node x."""
+    where = f"{path} ({type(part).__name__})"
+    shape = b.nodes[x].shape
+    try:
+        return _add_layer(b, part, x, where, shape)
+    except RuntimeError as error:
+        raise ValueError(f"model: {where} does not take an input of shape {shape}: {error}") from error
+
+
+def _add_layer(b: Builder, part: nn.Module, x: int, where: str, shape: tuple[int, ...]) -> int:
+    match part:
+        case nn.Linear():
+            return b.affine(Dense(part.weight, part.bias), x, where)
+        case _ConvNd():
+            return add_convolution(b, part, x, where)
+        case _BatchNorm():
+            mean, variance, scale, shift = (part.running_mean, part.running_var, part.weight, part.bias)
+            assert mean is not None
+            assert variance is not None
+            return b.affine(normalisation(mean, variance, scale, shift, part.eps, len(shape)), x, where)
+        case nn.ReLU():
+            return b.activation(relu(), x, where)
+        case nn.LeakyReLU():
+            if part.negative_slope > 1:
+                raise ValueError(f"model: {where} has negative_slope {part.negative_slope:g} > 1: not supported")
+            return b.activation(leaky_relu(part.negative_slope), x, where)
+        case nn.Tanh():
+            return b.activation(tanh(), x, where)
+        case nn.Sigmoid():
+            return b.activation(sigmoid(), x, where)
+        case nn.Softplus():
+            return b.activation(softplus(part.beta), x, where)
+        case nn.GELU():
+            if part.approximate != "none":
+                raise ValueError(f'model: {where} has approximate="{part.approximate}": only "none" is supported')
+            return b.activation(gelu(), x, where)
+        case nn.Flatten() | nn.Unflatten():
+            return b.reshape(x, tuple(part(torch.empty(1, *shape)).shape[1:]), where)
+        case nn.AvgPool1d() | nn.AvgPool2d() | nn.AvgPool3d() | nn.AdaptiveAvgPool1d() | nn.AdaptiveAvgPool2d():
+            return b.rearrange(part, x, where)
+        case nn.ZeroPad1d() | nn.ZeroPad2d() | nn.PixelShuffle() | nn.Upsample(mode="nearest"):
+            return b.rearrange(part, x, where)
+        case nn.MaxPool2d():
+            return add_max_pool(b, part, x, where)
+        case nn.Identity() | _DropoutNd():
+            return x
+    raise ValueError(f"model: {where} is not supported")
+
+
+def add_convolution(b: Builder, part: _ConvNd, x: int, where: str) -> int:
+    if part.padding_mode != "zeros":
+        raise ValueError(f"model: {where} pads by {part.padding_mode}: only zeros are supported")
+    padding: Any = part.padding
+    if padding == "valid":
+        padding = [0] * len(part.kernel_size)
+    elif padding == "same":  # pads more on the right where the kernel is even
+        total = [d * (k - 1) for d, k in zip(part.dilation, part.kernel_size)]
+        sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
+        x = b.rearrange(lambda v: F.pad(v, sides), x, where)
+        padding = [0] * len(total)
+    extra = list(part.output_padding) if part.transposed else None
+    op = Convolution(part.weight, part.bias, b.nodes[x].shape, part.stride, padding, part.dilation, part.groups, extra)
+    return b.affine(op, x, where)
+
+
+def add_max_pool(b: Builder, pool: nn.MaxPool2d, x: int, where: str) -> int:
+    """max(a, b) = a + ReLU(b - a), pairwise: the Clarke set of the tree contains that of the maximum."""
+    shape = b.nodes[x].shape
+    if len(shape) != 3:
+        raise ValueError(f"model: {where} needs inputs (N, C, H, W)")
+    index = window_indices(shape, pool).to(b.like.device)
+    candidates = [index[..., k] for k in range(index.shape[-1])]
+    pick = lambda which: b.rearrange(lambda v: v.flatten(1)[:, which], x, where)
+    level = [pick(which) for which in candidates]
+    while len(level) > 1:
+        paired = [
+            b.sum((one, b.activation(relu(), b.sum((other, one), (1.0, -1.0), where), where)), (1.0, 1.0), where)
+            for one, other in zip(level[::2], level[1::2])
+        ]
+        level = paired + level[len(paired) * 2 :]
+    return level[0]
