@@ -76,7 +76,7 @@ class Design:
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check  # before a run-time shape checker wraps what is to be compiled
-def add_sparse_gram(indptr, indices, data, weights, out):  # pragma: no cover
+def add_sparse_gram(indptr, indices, data, weights, out):
     """out += X^T diag(weights) X for X in CSR with ascending columns; `out` comes in as zeros."""
     for i in range(weights.size):
         start, stop = np.uintp(indptr[i]), np.uintp(indptr[i + 1])  # unsigned: no test for negative indices

@@ -38,7 +38,7 @@ P0, P1, P2, P3, P4, P5, P6, P7, P8, P9, P10, P11, P12, P13, P14 = _arcsine_polyn
 
 @njit(cache=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def arcsine_small(s, z):  # pragma: no cover
+def arcsine_small(s, z):
     """asin(s) with s = sqrt(z) in [0, 1/2]."""
     y = 8.0 * z - 1.0
     p = P14
@@ -60,7 +60,7 @@ def arcsine_small(s, z):  # pragma: no cover
 
 @njit(cache=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def arcsine(c):  # pragma: no cover
+def arcsine(c):
     """asin without branches, so that a loop over it becomes vector instructions; |c| above 1 counts as 1."""
     m = min(abs(c), 1.0)
     big = m > 0.5
@@ -76,7 +76,7 @@ def arcsine(c):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def rectifier(q, t, a1, b1, a2, b2, fold, half):  # pragma: no cover
+def rectifier(q, t, a1, b1, a2, b2, fold, half):
     for k in range(q.size):
         c = q[k] * (b1 * b2[k])
         m = min(abs(c), 1.0)
@@ -88,7 +88,7 @@ def rectifier(q, t, a1, b1, a2, b2, fold, half):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def erf(q, t, a1, a2):  # pragma: no cover
+def erf(q, t, a1, a2):
     for k in range(q.size):
         scale = a1 * a2[k]
         c = 2.0 * q[k] * scale
@@ -99,7 +99,7 @@ def erf(q, t, a1, a2):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def gelu(q, t, a1, b1, a2, b2):  # pragma: no cover
+def gelu(q, t, a1, b1, a2, b2):
     for k in range(q.size):
         x = q[k]
         both = a1 * a2[k]
@@ -114,7 +114,7 @@ def gelu(q, t, a1, b1, a2, b2):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def exponentials(q, t, a1, a2, kind, c0, c1, c2):  # pragma: no cover
+def exponentials(q, t, a1, a2, kind, c0, c1, c2):
     for k in range(q.size):
         x, mean = q[k], 0.5 * (a1 + a2[k])
         if kind == 3:  # sine
@@ -135,7 +135,7 @@ def exponentials(q, t, a1, a2, kind, c0, c1, c2):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def sign(q, t, b1, b2):  # pragma: no cover
+def sign(q, t, b1, b2):
     for k in range(q.size):
         q[k] = (2.0 / np.pi) * arcsine(q[k] * (b1 * b2[k]))
         t[k] = 0.0
@@ -143,7 +143,7 @@ def sign(q, t, b1, b2):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def normalise(q, t, a1, a2):  # pragma: no cover
+def normalise(q, t, a1, a2):
     for k in range(q.size):
         scale = a1 * a2[k]
         q[k] *= scale
@@ -152,7 +152,7 @@ def normalise(q, t, a1, a2):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
-def dual_row(kind, c, q, t, a1, b1, a2, b2):  # pragma: no cover
+def dual_row(kind, c, q, t, a1, b1, a2, b2):
     if kind == 0:
         rectifier(q, t, a1, b1, a2, b2, c[0], c[1])
     elif kind == 1:
@@ -170,28 +170,28 @@ def dual_row(kind, c, q, t, a1, b1, a2, b2):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
-def clear(x, start, stop):  # pragma: no cover
+def clear(x, start, stop):
     for k in range(start, stop):
         x[k] = 0.0
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
-def copy(out, x, count):  # pragma: no cover
+def copy(out, x, count):
     for k in range(count):
         out[k] = x[k]
 
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def add_row(out, row):  # pragma: no cover
+def add_row(out, row):
     for k in range(out.size):
         out[k] += row[k]
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
-def source(o, i, stride, before, size, wraps):  # pragma: no cover
+def source(o, i, stride, before, size, wraps):
     """Where output o reads at offset i of the window; -1 in the margin of zeros."""
     at = o * stride + i - before
     if wraps:
@@ -201,7 +201,7 @@ def source(o, i, stride, before, size, wraps):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def box_equal(x, out, k, lanes):  # pragma: no cover
+def box_equal(x, out, k, lanes):
     """Sum over the window, rows are pixels; k = (kernel h, w, stride h, w, top, left, wraps, h, w, out h, out w)."""
     for oh in range(k[9]):
         for ow in range(k[10]):
@@ -217,7 +217,7 @@ def box_equal(x, out, k, lanes):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def box_all(x, half, out, k):  # pragma: no cover
+def box_all(x, half, out, k):
     """Sum over the window, which both images share: first along the height into `half`, then along the width."""
     h, w, out_h, out_w = k[7], k[8], k[9], k[10]
     for oh in range(out_h):
@@ -256,7 +256,7 @@ def box_all(x, half, out, k):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def pool_all(x, row, out, k):  # pragma: no cover
+def pool_all(x, row, out, k):
     """Mean over windows of both images; k = (window h, w, stride h, w, -, -, -, h, w, out h, out w)."""
     h, w, out_h, out_w = k[7], k[8], k[9], k[10]
     columns = h * w
@@ -281,7 +281,7 @@ def pool_all(x, row, out, k):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def affine(q, t, w2, b2, q_to_t, b_to_t, scale):  # pragma: no cover
+def affine(q, t, w2, b2, q_to_t, b_to_t, scale):
     for k in range(q.size):
         x = scale * q[k]
         t[k] = w2 * scale * t[k] + q_to_t * x + b_to_t
@@ -290,7 +290,7 @@ def affine(q, t, w2, b2, q_to_t, b_to_t, scale):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
-def walk(code, constants, full, lanes, rows, q, t, q_next, t_next, spare, kept, a1, b1, a2, b2):  # pragma: no cover
+def walk(code, constants, full, lanes, rows, q, t, q_next, t_next, spare, kept, a1, b1, a2, b2):
     """All steps over a tile of `rows` x `lanes` numbers at the start of q and t; returns the arrays that hold the end.
 
     a1, b1: (reads, pixels) of the first example; a2, b2: (reads, pixels or 1, lanes) of the columns.
@@ -363,7 +363,7 @@ def walk(code, constants, full, lanes, rows, q, t, q_next, t_next, spare, kept, 
 
 @njit(cache=True, nogil=True, error_model="numpy", fastmath=REORDER)
 @no_type_check
-def products(x1, x2, q, rows, lanes, full):  # pragma: no cover
+def products(x1, x2, q, rows, lanes, full):
     """Inner products over channels of pixel r of x1 (channels, pixels) with row r, or the only one, of x2."""
     scale = 1.0 / len(x1)
     for r in range(rows):
@@ -378,7 +378,7 @@ def products(x1, x2, q, rows, lanes, full):  # pragma: no cover
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
-def strip(code, constants, depth, full, size, x1, x2, nngp, ntk, first, step, same, a1, b1, a2, b2):  # pragma: no cover
+def strip(code, constants, depth, full, size, x1, x2, nngp, ntk, first, step, same, a1, b1, a2, b2):
     """Rows first, first + step, ... of both kernels, from their diagonal on where `same`.
 
     x1: (N1, channels, pixels), or no channels where nngp holds the inner products on entry. x2: (tiles, channels, rows
@@ -408,7 +408,7 @@ def strip(code, constants, depth, full, size, x1, x2, nngp, ntk, first, step, sa
 
 @njit(cache=True, nogil=True, error_model="numpy")
 @no_type_check
-def mirror(K, diagonal):  # pragma: no cover
+def mirror(K, diagonal):
     """Complete a symmetric matrix whose entries right of the diagonal are there, in tiles that stay in the cache."""
     n, tile = len(K), 64
     for top in range(0, n, tile):
