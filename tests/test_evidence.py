@@ -1,6 +1,7 @@
 """A verdict is computed from the records: order and units do not matter, NaN never holds, one seed never decides."""
 
 import math
+import os
 import random
 
 import pytest
@@ -254,3 +255,42 @@ class TestRun:
     def test_refuses_to_plot_what_was_not_recorded(self):
         with pytest.raises(ValueError, match="nothing to plot"):
             Run().plot_bars("error")
+
+
+def observe(run: Run, seed: int) -> tuple[int, int]:
+    """What a process of its own does with one item: records, draws, and says where it was and with how many threads."""
+    for _ in run.track(range(2), "within"):
+        run.record("ours", "error", seed / 10, seed=seed)
+    if seed == 3:
+        run.plot_bars("error", name="third")
+    return os.getpid(), int(os.environ.get("OMP_NUM_THREADS", "0"))
+
+
+def stumble(run: Run, seed: int) -> None:
+    if seed == 2:
+        raise ValueError("seed 2 has no solution")
+
+
+class TestParallel:
+    def test_two_cores_record_what_one_core_records(self, monkeypatch):
+        runs = []
+        for cores in ("1", "2"):
+            monkeypatch.setenv("OMP_NUM_THREADS", cores)
+            seen = []
+            run = Run(seeds=(1, 2, 3), on_progress=lambda fraction, _, seen=seen: seen.append(fraction))
+            where = run.parallel(observe, run.seeds, "seeds")
+            assert seen == sorted(seen)
+            assert seen[-1] == 1.0
+            assert {threads for _, threads in where} == {1}
+            assert (os.getpid() in {pid for pid, _ in where}) == (cores == "1")
+            assert os.environ["OMP_NUM_THREADS"] == cores
+            runs.append(run)
+        assert runs[0].measures == runs[1].measures
+        assert runs[0].figures == runs[1].figures
+        assert [m.seed for m in runs[1].measures] == [1, 1, 2, 2, 3, 3]
+
+    @pytest.mark.parametrize("cores", ["1", "2"])
+    def test_an_error_reaches_the_experiment(self, monkeypatch, cores):
+        monkeypatch.setenv("OMP_NUM_THREADS", cores)
+        with pytest.raises(ValueError, match="seed 2 has no solution"):
+            Run().parallel(stumble, (1, 2, 3), "seeds")

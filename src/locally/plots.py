@@ -101,6 +101,8 @@ def freeze(figure: MatplotlibFigure, name: str, caption: str = "") -> Figure:
     _ink(figure)
     with rc_context(STYLE | {"svg.hashsalt": name, "pdf.fonttype": 42}):
         svg, pdf, png = io.StringIO(), io.BytesIO(), io.BytesIO()
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, not once a format
         figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
         figure.savefig(pdf, format="pdf", metadata={"CreationDate": None}, facecolor="white")
         figure.savefig(png, format="png", dpi=150, facecolor="white")

@@ -149,8 +149,7 @@ def test_paper_scale_runs_the_full_size_studies(monkeypatch, without_shape_check
     called = []
     for name in ("authors_transformers", "cifar_classifier"):
         monkeypatch.setattr(paper, name, lambda run, name=name: called.append(name))
-    for name in ("independent_halves", "digits", "modular_addition", "small_transformer"):
-        monkeypatch.setattr(paper, name, lambda *_: {})
+    monkeypatch.setattr(paper, "all_networks", lambda *_: ({}, {"digit classifier": [{}]}))
     for name in ("halves_figure", "curves_figure", "graph_figure"):
         monkeypatch.setattr(paper, name, lambda *_: None)
     paper.experiment(Run(scale="paper", seeds=(0,)))

@@ -26,6 +26,7 @@ import psutil
 
 import locally
 from locally.evidence import Claim, Evidence, Figure, Measure, Outcome, Scale, Status, Verdict, judge
+from locally.evidence.runs import THREAD_VARIABLES
 from locally.page.worker import Job
 
 TIME_LIMITS = {Scale.QUICK: 120.0, Scale.DEFAULT: 600.0, Scale.PAPER: 7 * 86400.0}  # seconds
@@ -33,13 +34,6 @@ SEEDS = {Scale.QUICK: 3, Scale.DEFAULT: 5, Scale.PAPER: 10}
 MEMORY_SHARE = 0.8  # of the machine, where no limit is given
 POLL = 0.1  # seconds
 LOG_LIMIT = 200_000  # characters kept, from the end
-THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-)
 
 
 @dataclass(frozen=True)

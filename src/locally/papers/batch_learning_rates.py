@@ -8,6 +8,7 @@ beside fixed ones. The full-size study is the paper's: VGG-16 and a wide residua
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from time import perf_counter
 from typing import Any
@@ -89,19 +90,20 @@ def experiment(run: Run) -> None:
 
 
 def carry_out(run: Run, study: Study) -> None:
-    for seed in run.track(run.seeds, "noise matrices"):
-        noise_matrices(run, seed, study.draws)
-    for seed in run.track(run.seeds, "batches of digits"):
-        batch_spectra(run, seed, study)
+    run.parallel(partial(of_one_seed, study=study), run.seeds, "batches of digits")
     plot_extremes(run)
     if study.sgd:
         survivors(run, study)
-    for seed in run.track(run.seeds, "learner"):
-        heavy_ball(run, seed)
-        if study.sgd:
-            learner(run, seed)
     if study.width:
         timed_spectrum(run, study.width)
+
+
+def of_one_seed(run: Run, seed: int, study: Study) -> None:
+    noise_matrices(run, seed, study.draws)
+    batch_spectra(run, seed, study)
+    heavy_ball(run, seed)
+    if study.sgd:
+        learner(run, seed)
 
 
 # Noise matrices -------------------------------------------------------------------------------------------------------

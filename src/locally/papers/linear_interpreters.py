@@ -47,11 +47,15 @@ def experiment(run: Run) -> None:
 
 
 def carry_out(run: Run) -> None:
+    run.parallel(all_networks, run.seeds, "networks")
+    draw_bias_reliance(run)
+
+
+def all_networks(run: Run, seed: int) -> None:
     study = run.pick(quick=QUICK, default=DEFAULT, paper=DEFAULT)
     photographs = load_photographs()
-    for seed in run.track(run.seeds, "seeds"):
-        for study_of in run.track((classification, upscaling, inpainting), "networks"):
-            study_of(run, study, photographs, seed, draw=seed == run.seeds[0])
+    for study_of in run.track((classification, upscaling, inpainting), "networks"):
+        study_of(run, study, photographs, seed, draw=seed == run.seeds[0])
 
 
 # Classification ------------------------------------------------------------------------------------------------------
@@ -94,7 +98,6 @@ def classifier(run: Run, epochs: int, seed: int, k: int, *, draw: bool) -> None:
         record("captum, input x gradient", "relative difference to the votes", float(gap))
     if draw:
         draw_votes(run, few)
-        draw_bias_reliance(run)
 
 
 def load_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -387,7 +390,8 @@ def draw_bias_reliance(run: Run) -> None:
         ("network, biases set to zero", "accuracy"): "network without biases",
     }
     figure, axes = canvas(6.4, 2.4)
-    values = {names[m.method, m.metric]: m.value for m in run.measures if (m.method, m.metric) in names}
+    first = [m for m in run.measures if m.seed == run.seeds[0] and m.setting.get("network") == "digits 0"]
+    values = {names[m.method, m.metric]: m.value for m in first if (m.method, m.metric) in names}
     axes.barh(list(values), list(values.values()), color=PALETTE[: len(values)], alpha=0.7, height=0.6)
     axes.axvline(0.1, color="#888888", linestyle=":", linewidth=1)
     axes.invert_yaxis()

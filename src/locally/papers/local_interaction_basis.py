@@ -51,23 +51,28 @@ class Outcome:
 
 
 def experiment(run: Run) -> None:
-    for seed in run.track(run.seeds, "two independent halves"):
-        graphs = independent_halves(run, seed)
-    halves_figure(run, graphs)
-    outcomes: dict[str, list[dict[str, Outcome]]] = {}
-    for seed in run.track(run.seeds, "digits"):
-        for replay in range(run.pick(quick=1, default=3, paper=5)):
-            outcomes.setdefault("digit classifier", []).append(digits(run, seed, replay))
-    if run.scale != "quick":
-        for seed in run.track(run.seeds, "modular addition"):
-            outcomes.setdefault("addition modulo 31", []).append(modular_addition(run, seed))
-            outcomes.setdefault("small transformer", []).append(small_transformer(run, seed))
+    graphs, networks = zip(*run.parallel(all_networks, run.seeds, "networks"))
+    outcomes = {name: [outcome for found in networks for outcome in found[name]] for name in networks[0]}
+    halves_figure(run, graphs[-1])
     curves_figure(run, outcomes)
     name = list(outcomes)[min(1, len(outcomes) - 1)]
     graph_figure(run, name, outcomes[name][0])
     if run.scale == "paper":
         authors_transformers(run)
         cifar_classifier(run)
+
+
+def all_networks(
+    run: Run, seed: int
+) -> tuple[dict[str, tuple[InteractionGraph, Modules]], dict[str, list[dict[str, Outcome]]]]:
+    """The graphs of the independent halves, and for every other network what each basis came to."""
+    graphs = independent_halves(run, seed)
+    replays = run.pick(quick=1, default=3, paper=5)
+    outcomes = {"digit classifier": [digits(run, seed, replay) for replay in run.track(range(replays), "digits")]}
+    if run.scale != "quick":
+        outcomes["addition modulo 31"] = [modular_addition(run, seed)]
+        outcomes["small transformer"] = [small_transformer(run, seed)]
+    return graphs, outcomes
 
 
 # Networks -------------------------------------------------------------------------------------------------------------

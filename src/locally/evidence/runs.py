@@ -1,0 +1,271 @@
+"""One run of an experiment: what it is handed, and everything that it leaves behind."""
+
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from locally.errors import UsageError
+from locally.evidence.claims import Measure, Scale, Status, Verdict
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as MatplotlibFigure
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+THREAD_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "NUMBA_NUM_THREADS",
+    "VECLIB_MAXIMUM_THREADS",
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot as the report shows it (SVG) and as a paper or a slide takes it (PDF, PNG)."""
+
+    name: str
+    caption: str
+    svg: str
+    pdf: bytes = b""
+    png: bytes = b""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything that one run of one paper's experiment left behind."""
+
+    slug: str
+    scale: Scale
+    status: Status
+    verdict: Verdict
+    measures: tuple[Measure, ...]
+    seeds: tuple[int, ...]
+    started: str  # ISO 8601, UTC
+    seconds: float
+    peak_memory_mib: float
+    device: str = "cpu"
+    figures: tuple[Figure, ...] = ()
+    versions: Mapping[str, str] = field(default_factory=dict)
+    code_version: str = ""
+    git_revision: str = ""
+    machine: Mapping[str, str | int | float] = field(default_factory=dict)
+    log: str = ""
+
+    @property
+    def label(self) -> str:
+        """The badge: the verdict of a finished run, otherwise how the run ended."""
+        return str(self.verdict.outcome if self.status is Status.FINISHED else self.status)
+
+    @property
+    def command(self) -> str:
+        """What makes the same figures again."""
+        device = "" if self.device == "cpu" else f" --device {self.device}"
+        return f"locally run {self.slug} --scale {self.scale} --seeds {len(self.seeds)}{device}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The object that `locally run --json` prints."""
+        deciding = self.verdict.deciding
+        return {
+            "slug": self.slug,
+            "scale": str(self.scale),
+            "status": str(self.status),
+            "verdict": str(self.verdict.outcome),
+            "reason": self.verdict.reason,
+            "claim": deciding.to_dict() if deciding else {},
+            "claims": [f.to_dict() for f in self.verdict.findings],
+            "measures": [m.to_dict() for m in self.measures],
+            "seeds": list(self.seeds),
+            "device": self.device,
+            "started": self.started,
+            "seconds": round(self.seconds, 3),
+            "peak_memory_mib": round(self.peak_memory_mib, 1),
+            "versions": dict(self.versions),
+            "code_version": self.code_version,
+            "git_revision": self.git_revision,
+            "machine": dict(self.machine),
+        }
+
+
+class MissingData(UsageError):
+    """A full-size study needs files that only the user has."""
+
+
+class Run:
+    """What an experiment is handed: scale, seeds, device, a scratch folder, progress, and `record`.
+
+    Args:
+        scale: what `pick` chooses by.
+        seeds: distinct, at least one.
+        device: a torch device name; experiments place their tensors there.
+        scratch: a folder that is thrown away after the run.
+        data: folder with the user's own data sets, for studies that need them.
+        on_progress: called with (fraction done in [0, 1], label).
+    """
+
+    def __init__(
+        self,
+        *,
+        scale: Scale | str = Scale.QUICK,
+        seeds: Sequence[int] = (0, 1, 2),
+        device: str = "cpu",
+        scratch: Path | None = None,
+        data: Path | None = None,
+        on_progress: Callable[[float, str], None] | None = None,
+    ) -> None:
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise ValueError(f"seeds must be distinct and at least one, got {list(seeds)}")
+        self.scale = Scale(scale)
+        self.seeds = tuple(seeds)
+        self.device = device
+        self.scratch = scratch or Path.cwd()
+        self.data_folder = data
+        self.measures: list[Measure] = []
+        self.figures: list[Figure] = []
+        self._on_progress = on_progress
+        self._levels: list[tuple[int, int]] = []  # (done, total) of each open `track`, outermost first
+
+    def pick(self, *, quick: T, default: T, paper: T) -> T:
+        return {Scale.QUICK: quick, Scale.DEFAULT: default, Scale.PAPER: paper}[self.scale]
+
+    def data(self, relative: str, what: str) -> Path:
+        """The user's file `relative` under the data folder; `what` says in words what it is, for the message."""
+        if self.data_folder is None:
+            raise MissingData(f"this scale reads {relative} ({what}): name the folder that holds it with --data DIR")
+        path = self.data_folder / relative
+        if not path.exists():
+            raise MissingData(f"{path} does not exist: this scale reads {what} there")
+        return path
+
+    def track(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+        """Iterate and report progress; nested tracks refine the fraction of the outer one."""
+        if total is None:
+            if not isinstance(items, Sized):
+                raise TypeError(f"track({label!r}) needs total= for an iterable without a length")
+            total = len(items)
+        self._levels.append((0, max(total, 1)))
+        depth = len(self._levels)
+        try:
+            for done, item in enumerate(items):
+                self._levels[depth - 1] = (done, max(total, 1))
+                self._report(label)
+                yield item
+            self._levels[depth - 1] = (max(total, 1), max(total, 1))
+            self._report(label)
+        finally:
+            del self._levels[depth - 1 :]
+
+    def parallel(self, function: Callable[["Run", T], R], items: Sequence[T], label: str) -> list[R]:
+        """`[function(part, item) for item in items]` over the cores that this run may use, one thread a process.
+
+        For independent items whose work is too small for threads. Each call has a run of its own, which holds only
+        what that call recorded; all of it is kept here, in the items' order whoever is done first, so that the result
+        is the same on one core. `function` stands at the top of a module, and what it returns can be pickled. No
+        process is started on a GPU, where there is one core, and for a paper in a folder of its own, whose module no
+        other process could import.
+        """
+        importable = getattr(function, "func", function).__module__ in sys.modules
+        processes = min(cores(), len(items)) if self.device == "cpu" and importable else 1
+        done = self._in_turn if processes <= 1 else partial(self._side_by_side, processes=processes)
+        results = []
+        for part, result in done(function, items, label):
+            self.measures.extend(part.measures)
+            self.figures.extend(part.figures)
+            results.append(result)
+        return results
+
+    def _part(self) -> "Run":
+        return Run(scale=self.scale, seeds=self.seeds, device=self.device, scratch=self.scratch, data=self.data_folder)
+
+    def _in_turn(self, function: Callable[["Run", T], R], items: Sequence[T], label: str) -> Iterator[tuple["Run", R]]:
+        for item in self.track(items, label):
+            part = self._part()
+            part._on_progress, part._levels = self._on_progress, self._levels
+            yield part, function(part, item)
+
+    def _side_by_side(
+        self, function: Callable[["Run", T], R], items: Sequence[T], label: str, processes: int
+    ) -> Iterator[tuple["Run", R]]:
+        import multiprocessing
+        from concurrent.futures import ProcessPoolExecutor, as_completed
+
+        with _single_threaded(), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            futures = [pool.submit(_elsewhere, self._part(), function, item) for item in items]
+            try:
+                for future in self.track(as_completed(futures), label, len(items)):
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        for future in futures:
+            yield pickle.loads(future.result())
+
+    def _report(self, label: str) -> None:
+        if self._on_progress is None:
+            return
+        fraction, width = 0.0, 1.0
+        for done, total in self._levels:
+            fraction += width * min(done, total) / total
+            width /= total
+        self._on_progress(min(fraction, 1.0), label)
+
+    def record(
+        self, method: str, metric: str, value: float, *, seed: int | None = None, **setting: str | int | float | bool
+    ) -> None:
+        """Record one number. Anything that float() takes; leave `seed` out of what does not depend on it."""
+        plain = {k: v.item() if hasattr(v, "item") else v for k, v in setting.items()}
+        self.measures.append(Measure(method, metric, float(value), None if seed is None else int(seed), plain))
+
+    def figure(self, figure: "MatplotlibFigure", name: str, caption: str = "") -> None:
+        """Keep a Matplotlib figure; `name` must be unique within the run."""
+        from locally.plots import freeze
+
+        if any(f.name == name for f in self.figures):
+            raise ValueError(f"a figure named {name!r} is there already")
+        self.figures.append(freeze(figure, name, caption))
+
+    def plot_lines(self, x: str, y: str, *, log: bool = False, name: str = "", caption: str = "", **style: Any) -> None:
+        """Metric `y` over setting `x`, one line a method, band from the lowest to the highest seed."""
+        from locally.plots import lines
+
+        self.figure(lines(self.measures, x, y, log=log, **style), name or f"{y} over {x}", caption)
+
+    def plot_bars(self, metric: str, *, log: bool = False, name: str = "", caption: str = "", **style: Any) -> None:
+        """`metric` per method, a dot for each seed."""
+        from locally.plots import bars
+
+        self.figure(bars(self.measures, metric, log=log, **style), name or metric, caption)
+
+
+def cores() -> int:
+    """How many this process was given; the runner says so by the variable that OpenMP reads. One where nobody did."""
+    return int(os.environ.get("OMP_NUM_THREADS", "1"))
+
+
+@contextmanager
+def _single_threaded() -> Iterator[None]:
+    """Processes that are started now compute with one thread each."""
+    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
+    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _elsewhere(part: Run, function: Callable[[Run, T], R], item: T) -> bytes:
+    """In another process. Bytes, since tensors would otherwise travel through shared memory, which may be small."""
+    result = function(part, item)
+    return pickle.dumps((part, result))
