@@ -1,46 +1,16 @@
-"""OpenDP and diffprivlib, whose needs clash with the project's: an environment and a process of their own.
+"""OpenDP and diffprivlib, in an environment of their own."""
 
-Imported, this file gives `elsewhere()`; run by the other environment's interpreter, it answers requests, one JSON
-object a line.
-"""
-
-import atexit
-import json
-import subprocess
-import sys
-import venv
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).parents[1] / ".peers" / "privacy"
+from benchmarks.peers import answer, ask_in
+
 PACKAGES = ["diffprivlib==0.6.6", "opendp==0.16.0", "scikit-learn==1.5.2"]
 
 
 def elsewhere() -> Callable[..., Any] | None:
-    """`ask(task, **arguments)` of the peers' process; None, with the reason printed, where they cannot be installed."""
-    python = FOLDER / "bin" / "python"
-    ready = FOLDER / "ready"
-    if not ready.exists() or ready.read_text().split() != PACKAGES:
-        print(f"installing {', '.join(PACKAGES)} into {FOLDER}")
-        venv.create(FOLDER, with_pip=True)
-        installed = subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES], capture_output=True, text=True)
-        if installed.returncode:
-            print(f"OpenDP and diffprivlib are left out: {installed.stderr.strip().splitlines()[-1]}")
-            return None
-        ready.write_text("\n".join(PACKAGES))
-    worker = subprocess.Popen([python, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(worker.kill)
-
-    def ask(task: str, **arguments: Any) -> Any:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        worker.stdin.write(json.dumps({"task": task, **arguments}) + "\n")
-        worker.stdin.flush()
-        return json.loads(worker.stdout.readline())
-
-    return ask
+    return ask_in("privacy", PACKAGES, __name__)
 
 
 def opendp_noise(n: int, scale: float) -> int:
@@ -78,7 +48,4 @@ def diffprivlib_regression(table: str, epsilon: float, clip: float, seed: int) -
 
 
 if __name__ == "__main__":
-    TASKS = {task.__name__: task for task in (opendp_noise, diffprivlib_noise, diffprivlib_regression)}
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(TASKS[request.pop("task")](**request)), flush=True)
+    answer(opendp_noise, diffprivlib_noise, diffprivlib_regression)

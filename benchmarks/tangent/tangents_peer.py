@@ -1,24 +1,14 @@
-"""neural-tangents, whose needs clash with the project's: an environment and a process of their own.
+"""neural-tangents, in an environment of its own. Inputs come from a seed, so that both sides see the same numbers."""
 
-Imported, this file gives `elsewhere()`; run by the other environment's interpreter, it times kernels and answers one
-JSON object a line. Inputs come from a seed, so that both sides see the same numbers.
-"""
-
-import atexit
-import json
-import os
-import subprocess
-import sys
 import time
-import venv
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-FOLDER = Path(__file__).parents[1] / ".peers" / "neural-tangents"
+from benchmarks.peers import answer, ask_in
+
 PACKAGES = ["neural-tangents==0.6.5", "jax[cpu]<0.4.25", "numpy<2", "scipy<1.13"]
 
 
@@ -27,36 +17,7 @@ def inputs(shape: list[int]) -> np.ndarray:
 
 
 def elsewhere() -> Callable[..., Any] | None:
-    """`ask(task, **arguments)` of the peer's process; None, with the reason printed, where it cannot be installed."""
-    python = FOLDER / "bin" / "python"
-    ready = FOLDER / "ready"
-    if not ready.exists() or ready.read_text().splitlines() != PACKAGES:
-        print(f"installing {', '.join(PACKAGES)} into {FOLDER}")
-        venv.create(FOLDER, with_pip=True)
-        installed = subprocess.run([python, "-m", "pip", "install", "-q", *PACKAGES], capture_output=True, text=True)
-        if installed.returncode:
-            print(f"neural-tangents is left out: {installed.stderr.strip().splitlines()[-1]}")
-            return None
-        ready.write_text("\n".join(PACKAGES))
-    quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_X64": "1"}
-    worker = subprocess.Popen(
-        [python, __file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=quiet,
-    )
-    atexit.register(worker.kill)
-
-    def ask(task: str, **arguments: Any) -> Any:
-        assert worker.stdin is not None
-        assert worker.stdout is not None
-        worker.stdin.write(json.dumps({"task": task, **arguments}) + "\n")
-        worker.stdin.flush()
-        return json.loads(worker.stdout.readline())
-
-    return ask
+    return ask_in("neural-tangents", PACKAGES, __name__, {"TF_CPP_MIN_LOG_LEVEL": "3", "JAX_ENABLE_X64": "1"})
 
 
 @cache
@@ -113,7 +74,4 @@ def empirical(way: str, sizes: list[int], n: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    TASKS: dict[str, Callable[..., Any]] = {task.__name__: task for task in (kernel, empirical)}
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(TASKS[request.pop("task")](**request)), flush=True)
+    answer(kernel, empirical)
