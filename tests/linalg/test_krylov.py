@@ -55,6 +55,28 @@ def test_the_answer_is_that_of_a_direct_solve(method, n, batch, condition, seed)
     assert ((found.x - exact).norm(dim=1) <= 1e-8 * condition * exact.norm(dim=1)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(n=st.integers(1, 30), exponent=st.integers(-120, 120), seed=st.integers(0, 2**32 - 1))
+def test_one_small_system_takes_the_steps_that_it_takes_when_it_is_watched(dtype, n, exponent, seed):
+    """A callback turns the compiled solve of a single system off."""
+    exponent = exponent // 4 if dtype is torch.float32 else exponent
+    A = spectral(np.geomspace(1, 50, n), seed).to(dtype)
+    b = (normal(n, seed=seed) * 2.0**exponent).to(dtype)
+    steps = []
+    quick, watched = (CG(rtol=1e-4).solve(A, b, callback=c) for c in (None, lambda k, _: steps.append(k)))
+    assert quick.status is watched.status is Status.CONVERGED
+    assert abs(int(quick.iterations) - int(watched.iterations)) <= (dtype is torch.float32)
+    assert len(steps) == int(watched.iterations)
+    close = {"rtol": 1e-2 if dtype is torch.float32 else 1e-9, "atol": 0.0}
+    k = min(len(quick.history), len(watched.history)) // 2 + 1  # rounding grows with the steps
+    torch.testing.assert_close(quick.history[:k], watched.history[:k], **close)
+    gap = torch.linalg.vector_norm(quick.x - watched.x) / torch.linalg.vector_norm(watched.x)
+    assert gap <= 2e-4
+    norm = torch.linalg.vector_norm(b.double() - A.double() @ quick.x.double())
+    rounding = 10 * torch.finfo(dtype).eps * float(torch.linalg.vector_norm(A) * torch.linalg.vector_norm(quick.x))
+    assert float(quick.residual_norms) == pytest.approx(float(norm), rel=1e-6, abs=rounding)
+
+
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(2, 20))
 def test_minres_solves_indefinite_systems_and_its_residual_never_grows(seed, n):
     rng = np.random.default_rng(seed)

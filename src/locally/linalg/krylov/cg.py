@@ -5,13 +5,16 @@ Methods for Sparse Linear Systems (2003), Algorithm 9.1.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from locally.linalg.krylov import kernels
-from locally.linalg.krylov.method import KrylovMethod, Recurrence
-from locally.linalg.krylov.operators import Dense, Operator
+from locally.linalg.krylov.method import AIM, COMPILED_DEVICES, MOST, KrylovMethod, Recurrence
+from locally.linalg.krylov.operators import Dense, Operator, Sparse
+from locally.linalg.krylov.solution import Solution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,24 @@ class CG(KrylovMethod):
     ) -> Recurrence:
         return ConjugateGradients(A, M, r, targets, codes)
 
+    def _at_once(self, A: Operator, b: Tensor) -> Solution | None:
+        if not isinstance(A, Dense) or len(b) != 1 or b.device.type not in COMPILED_DEVICES:
+            return None
+        n = b.shape[1]
+        matrix = A.matrix.detach().reshape(n, n).contiguous().numpy()
+        x, history = np.empty(n, matrix.dtype), np.empty(min(MOST, self.max_steps or 10 * n) + 1)
+        tiny = 4 * torch.finfo(b.dtype).eps
+        steps, norm = kernels.cg_at_once(matrix, b[0].numpy(), self.rtol, self.atol, AIM, tiny, x, history)
+        if steps < 0:
+            return None
+        return Solution(
+            torch.from_numpy(x)[None],
+            torch.tensor([kernels.CONVERGED], dtype=torch.int8),
+            torch.tensor([steps]),
+            b.new_tensor([norm]),
+            torch.from_numpy(history[: steps + 1]).to(b.dtype)[None],
+        )
+
 
 class ConjugateGradients(Recurrence):
     """The recurrences of Hestenes and Stiefel, with what it takes to notice that A is not positive definite."""
@@ -81,11 +102,11 @@ class ConjugateGradients(Recurrence):
         return None
 
     def steps(self, most: int) -> tuple[list[Tensor], int | None]:
-        if self.matrices is None or most == 1:
+        if self.many is None or most == 1:
             return super().steps(most)
         before = self.iterations.clone()
         history = self.norms.new_empty(most, len(self.norms))
-        running = kernels.cg_dense(self.matrices, history.numpy(), *self.advance_arrays, self.tiny)
+        running = self.many(history.numpy(), *self.advance_arrays, self.tiny)
         return list(history[: int((self.iterations - before).max())]), running
 
     def advance(self) -> None:
@@ -120,15 +141,17 @@ class ConjugateGradients(Recurrence):
         return torch.linalg.vector_norm(self.q, dim=1) / torch.linalg.vector_norm(self.p, dim=1)
 
     def bind(self) -> None:
-        self.matrices = None
+        self.many = None
         if not self.compiled:
             return
-        if self.M is None and isinstance(self.A, Dense):
-            batch, n = self.r.shape
-            if self.A.matrix.ndim == 3 or batch == 1:
-                self.matrices = self.A.matrix.detach().reshape(batch, n, n).contiguous().numpy()
         if self.M is None:
             self.z = self.r
+            batch, n = self.r.shape
+            if isinstance(self.A, Sparse):
+                self.many = partial(kernels.cg_sparse, *self.A.arrays)
+            elif isinstance(self.A, Dense) and (self.A.matrix.ndim == 3 or batch == 1):
+                matrices = self.A.matrix.detach().reshape(batch, n, n).contiguous().numpy()
+                self.many = partial(kernels.cg_dense, matrices)
         array = self.arrays()
         advance = ("codes", "iterations", "p", "q", "y", "r", "rz", "pp", "top", "norms", "targets")
         self.advance_arrays = [array[name] for name in advance]

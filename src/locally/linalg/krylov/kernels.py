@@ -7,6 +7,7 @@ precision. They live in one file because Numba's cache does not notice that a fu
 changed; `no_type_check` keeps run-time shape checkers from wrapping a function before it is compiled.
 """
 
+import math
 from typing import no_type_check
 
 import numpy as np
@@ -140,6 +141,65 @@ def cg_dense(matrices, history, codes, iterations, p, q, y, r, rz, pp, top, norm
             history[step, j] = norms[j]
         running += codes[j] == RUNNING
     return running
+
+
+@njit(**COMPILE)
+@no_type_check
+def cg_sparse(indptr, indices, data, history, codes, iterations, p, q, y, r, rz, pp, top, norms, targets, tiny):
+    """As `cg_dense`, with one sparse matrix for all systems, which take their steps together."""
+    running = 0
+    for step in range(history.shape[0]):
+        csr_product(indptr, indices, data, p, q)
+        running = cg_advance(codes, iterations, p, q, y, r, rz, pp, top, norms, targets, tiny)
+        running = running and cg_turn(codes, r, r, p, rz, pp)
+        history[step] = norms
+        if not running:
+            break
+    return running
+
+
+@njit(**COMPILE)
+@no_type_check
+def cg_at_once(matrix, b, rtol, atol, aim, tiny, x, history):
+    """A whole solve of one dense system from zero, in as many steps as `history` has entries after its first.
+
+    Returns the steps taken and ||b - A x||, from x itself; -1 steps where it did not converge, whatever the cause.
+    """
+    n = b.shape[0]
+    largest = 0.0
+    for i in range(n):
+        largest = max(largest, abs(b[i]))
+    if not np.isfinite(largest):
+        return -1, largest
+    scale = b.dtype.type(math.ldexp(0.5, math.frexp(largest)[1])) if largest > 0 else b.dtype.type(1.0)
+    r = np.empty((1, n), b.dtype)
+    bb = 0.0
+    for i in range(n):
+        r[0, i] = b[i] / scale
+        bb += r[0, i] * r[0, i]
+    history[0] = scale * np.sqrt(bb)
+    target = max(rtol * np.sqrt(bb), atol / scale)
+    y = np.zeros((1, n), b.dtype)
+    iterations = np.zeros(1, np.int64)
+    if np.sqrt(bb) > target:
+        codes = np.full(1, RUNNING, np.int8)
+        squares, squares_too = np.full(1, bb), np.full(1, bb)
+        seen = np.zeros((history.shape[0] - 1, 1))
+        norms, targets, top = np.full(1, np.sqrt(bb)), np.full(1, aim * target), np.zeros(1)
+        q, p = np.empty_like(r), r.copy()
+        matrices = matrix.reshape(1, n, n)
+        cg_dense(matrices, seen, codes, iterations, p, q, y, r, squares, squares_too, top, norms, targets, tiny)
+        if codes[0] != CONVERGED:
+            return -1, largest
+        for step in range(iterations[0]):
+            history[step + 1] = scale * seen[step, 0]
+    np.dot(matrix, y[0], x)
+    rr = 0.0
+    for i in range(n):
+        residual = b[i] / scale - x[i]
+        rr += residual * residual
+        x[i] = scale * y[0, i]
+    return (iterations[0] if np.sqrt(rr) <= target else -1), scale * np.sqrt(rr)
 
 
 @njit(**COMPILE)

@@ -150,13 +150,25 @@ class KrylovMethod(ABC):
         self, A: Operator, M: Operator | None, b: Tensor, x0: Tensor | None = None, callback: Callback | None = None
     ) -> Solution:
         with torch.no_grad():
-            found = _Solve(self, A, M, b.detach().contiguous(), x0, callback).run()
+            rows = b.detach().contiguous()
+            found = None
+            if M is None and x0 is None and callback is None and not self.probe_symmetry:
+                found = self._at_once(A, rows)
+            if found is None:
+                found = _Solve(self, A, M, rows, x0, callback).run()
         if torch.is_grad_enabled() and any(t.requires_grad for t in (b, *A.tensors)):
             found = replace(found, x=implicit.attach(found, b, A, lambda g: self._solve_rows(A, M, g)))
         return found
 
     def _operator(self, A: Operator) -> Operator:
         return A
+
+    def _at_once(self, A: Operator, b: Tensor) -> Solution | None:
+        """A shortcut for systems so small that the bookkeeping would cost more than the solve; None if there is none.
+
+        Only a solve that converged counts: why another did not, the long way finds out.
+        """
+        return None
 
     @abstractmethod
     def _recurrence(
