@@ -30,7 +30,7 @@ from locally.tangent.lipschitz.propagation import Forward
 INF = math.inf
 ACTIVATIONS = [
     nn.ReLU, lambda: nn.LeakyReLU(0.1), lambda: nn.LeakyReLU(-0.3), nn.Tanh, nn.Sigmoid, nn.GELU, nn.Softplus,
-    lambda: nn.Softplus(beta=3.0),
+    lambda: nn.Softplus(beta=3.0), lambda: nn.GELU(approximate="tanh"),
 ]  # fmt: skip
 
 

@@ -239,7 +239,6 @@ class Wrapped(nn.Module):
         (Wrapped(nn.Softmax(1)), r"body\.1 \(Softmax\)"),
         (Wrapped(nn.BatchNorm1d(4)), r"body\.1 \(BatchNorm1d\).*eval"),
         (Wrapped(nn.Dropout(0.5)), r"body\.1 \(Dropout\).*eval"),
-        (Wrapped(nn.GELU(approximate="tanh")), r"body\.1 \(GELU\)"),
         (Wrapped(nn.LeakyReLU(2.0)), r"body\.1 \(LeakyReLU\)"),
         (Aliased(), "act changes in place"),
         (Forked(), "control flow"),

@@ -189,4 +189,18 @@ def gelu() -> Smooth:
     return Smooth("GELU", lambda z: z * cdf(z), lambda z: cdf(z) + z * density(z), (-root, root), -0.7517915246935645)
 
 
+def gelu_tanh() -> Smooth:
+    """z sigmoid(2 g), g = sqrt(2 / pi) (z + 0.044715 z^3): the approximation that torch and ONNX call "tanh"."""
+    scale, cubic = 2 * math.sqrt(2 / math.pi), 0.044715
+
+    def derivative(z: Tensor) -> Tensor:
+        z = z.clamp(-30, 30)  # beyond, 0 and 1 in double precision
+        gate = torch.sigmoid(scale * (z + cubic * z**3))
+        return gate + z * gate * (1 - gate) * scale * (1 + 3 * cubic * z * z)
+
+    value = lambda z: z * torch.sigmoid(scale * (z + cubic * z**3))
+    turn, least = 1.4185040087908284, -0.7524614220710163
+    return Smooth("GELU (tanh)", value, derivative, (-turn, turn), least)
+
+
 Activation = PiecewiseLinear | Smooth

@@ -33,7 +33,7 @@ def steepest(op: Activation) -> float:
         return max(1.0, abs(op.negative_slope))
     everywhere = torch.tensor(-50.0, dtype=torch.float64), torch.tensor(50.0, dtype=torch.float64)
     low, high = op.slopes(*everywhere)  # beyond, the slopes lie between those at the ends and their limits, 0 and 1
-    limits = 1.0 if op.name in ("GELU", "Softplus") else 0.0
+    limits = 1.0 if op.name in ("GELU", "GELU (tanh)", "Softplus") else 0.0
     return max(abs(low.item()), abs(high.item()), limits)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from locally.checks import check_finite
-from locally.tangent.lipschitz.activations import Activation, gelu, leaky_relu, relu, sigmoid, softplus, tanh
+from locally.tangent.lipschitz.activations import Activation, gelu, gelu_tanh, leaky_relu, relu, sigmoid, softplus, tanh
 from locally.tangent.lipschitz.network import Network
 from locally.tangent.lipschitz.operations import Convolution, Dense, Diagonal, normalisation
 from locally.tangent.lipschitz.reading import Builder, add_max_pool
@@ -111,8 +111,8 @@ class Graph:
         }
         if kind in activations:
             return b.activation(activations[kind](), x, where)
-        if kind == "Gelu" and at.get("approximate", "none") == "none":
-            return b.activation(gelu(), x, where)
+        if kind == "Gelu":
+            return b.activation(gelu_tanh() if at.get("approximate", "none") == "tanh" else gelu(), x, where)
         if kind in ("Identity", "Dropout"):
             return x
         if kind == "Neg":

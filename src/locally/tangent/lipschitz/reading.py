@@ -22,6 +22,7 @@ from locally.checks import check_finite
 from locally.tangent.lipschitz.activations import (
     Activation,
     gelu,
+    gelu_tanh,
     leaky_relu,
     relu,
     sigmoid,
@@ -292,8 +293,8 @@ def function_activation(name: str, rest: tuple, kwargs: dict) -> Activation | No
         return leaky_relu(rest[0] if rest else kwargs.get("negative_slope", 0.01))
     if name == "softplus":
         return softplus(rest[0] if rest else kwargs.get("beta", 1.0))
-    if name == "gelu" and (rest[0] if rest else kwargs.get("approximate", "none")) == "none":
-        return gelu()
+    if name == "gelu":
+        return gelu_tanh() if (rest[0] if rest else kwargs.get("approximate", "none")) == "tanh" else gelu()
     return None
 
 
@@ -395,9 +396,7 @@ def _add_layer(b: Builder, part: nn.Module, x: int, where: str, shape: tuple[int
         case nn.Softplus():
             return b.activation(softplus(part.beta), x, where)
         case nn.GELU():
-            if part.approximate != "none":
-                raise ValueError(f'model: {where} has approximate="{part.approximate}": only "none" is supported')
-            return b.activation(gelu(), x, where)
+            return b.activation(gelu_tanh() if part.approximate == "tanh" else gelu(), x, where)
         case nn.Flatten() | nn.Unflatten():
             return b.reshape(x, tuple(part(torch.empty(1, *shape)).shape[1:]), where)
         case nn.AvgPool1d() | nn.AvgPool2d() | nn.AvgPool3d() | nn.AdaptiveAvgPool1d() | nn.AdaptiveAvgPool2d():
