@@ -18,15 +18,20 @@ ROOT = Path(__file__).parents[1]
 FOLDER = Path(__file__).parent / ".peers"
 
 
-def environment(name: str, packages: Sequence[str]) -> Path | None:
-    """The interpreter of `name`'s environment with these packages in it; None, with the reason printed, if it fails."""
+def environment(name: str, packages: Sequence[str], *, like_ours: bool = False) -> Path | None:
+    """The interpreter of `name`'s environment with these packages in it; None, with the reason printed, if it fails.
+
+    `like_ours`: what both sides use has the version that it has here.
+    """
     folder = FOLDER / name
     python, ready = folder / "bin" / "python", folder / "ready"
     if ready.exists() and ready.read_text().splitlines() == list(packages):
         return python
     print(f"installing {', '.join(packages)} into {folder}")
     venv.create(folder, with_pip=True)
-    installed = subprocess.run([python, "-m", "pip", "install", "-q", *packages], capture_output=True, text=True)
+    pinned = ["-c", ROOT / "constraints.txt"] if like_ours else []
+    command = [python, "-m", "pip", "install", "-q", *pinned, *packages]
+    installed = subprocess.run(command, capture_output=True, text=True)
     if installed.returncode:
         print(f"{name} is left out: {installed.stderr.strip().splitlines()[-1]}")
         return None
@@ -35,10 +40,15 @@ def environment(name: str, packages: Sequence[str]) -> Path | None:
 
 
 def ask_in(
-    name: str, packages: Sequence[str], module: str, variables: Mapping[str, str] | None = None
+    name: str,
+    packages: Sequence[str],
+    module: str,
+    variables: Mapping[str, str] | None = None,
+    *,
+    like_ours: bool = False,
 ) -> Callable[..., Any] | None:
     """`ask(task, **arguments)` of `module` run in `name`'s environment; None where that cannot be installed."""
-    python = environment(name, packages)
+    python = environment(name, packages, like_ours=like_ours)
     if python is None:
         return None
     worker = subprocess.Popen(
