@@ -1,0 +1,1 @@
+"""Local subspaces of data."""
