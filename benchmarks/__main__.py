@@ -12,7 +12,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PEERS = ("torch", "numpy", "scipy", "scikit-learn", "numba", "pyamg", "captum", "cvxpy", "dp-accounting")
+PEERS = ("torch", "numpy", "scipy", "scikit-learn", "numba", "pyamg", "captum", "cvxpy", "dp-accounting", "kmedoids", "pymor")
 
 
 def main(words: list[str]) -> None:
