@@ -13,7 +13,7 @@ setup: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit("Locally needs Python 3.11 or newer; name one with PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv --clear .venv
 	@echo "Installing into .venv; the first time this takes a few minutes"
-	@$(PIP) install --constraint constraints.txt --editable ".[dev,privacy]"
+	@$(PIP) install --constraint constraints.txt --editable ".[dev,page,privacy]"
 	@touch $@
 
 .venv/ready-bench: .venv/ready
@@ -34,8 +34,8 @@ check: .venv/ready  ## ruff and mypy
 bench: .venv/ready-bench  ## ratios to the peers; ONLY=halpern for one
 	$(BIN)/python -m benchmarks $(ONLY)
 
-page: .venv/ready  ## write the report from what is stored and open it
-	$(BIN)/locally report --output report --open
+page: .venv/ready  ## serve the page and open it: read, search and run the papers in a browser
+	$(BIN)/locally serve --open
 
 evidence: .venv/ready browser  ## run at default scale (PAPERS="halpern loop" for some); regenerate README's table, picture
 	$(BIN)/locally run $(or $(PAPERS),--all) --scale default --json >> docs/evidence.jsonl || test $$? -eq 1

@@ -1,4 +1,4 @@
-"""The command line: `locally list | show | search | run | report`.
+"""The command line: `locally list | show | search | run | report | serve`.
 
 Exit status of `run`: 0 when every claim that the scale can decide holds, 1 when one does not, 2 for bad usage, 3 when
 an experiment crashed. Whatever the user can mend is one line on standard error and exit status 2. Heavy libraries are
@@ -218,6 +218,44 @@ def report(
 
         if not webbrowser.open(page.as_uri()):
             raise UsageError(f"no browser found; open {page} yourself")
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; anything but this machine needs a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="Port; 0 for any that is free.")] = 8031,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Experiments to run at once; cores are shared out.")] = 1,
+    data: Annotated[Path | None, typer.Option(help="Folder with your data sets, for full-size runs.")] = None,
+    token: Annotated[str | None, typer.Option(envvar="LOCALLY_TOKEN", help="Secret that a visitor must bring.")] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+) -> None:
+    """Serve the page: read, search and run the papers in a browser."""
+    from locally.page import LOOPBACK
+
+    if host not in LOOPBACK and not token:
+        raise UsageError(f"--host {host} lets others in: give --token (or LOCALLY_TOKEN), at least 16 characters")
+    if token is not None and len(token) < 16:
+        raise UsageError("--token must have at least 16 characters")
+    if jobs < 1:
+        raise UsageError(f"--jobs must be at least 1, got {jobs}")
+    if not 0 <= port < 65536:
+        raise UsageError(f"--port must be 0 to 65535, got {port}")
+    if data is not None and not data.is_dir():
+        raise UsageError(f"--data names {data}, which is not a folder")
+    from locally.page import web
+    from locally.page.store import Store
+
+    def opened(address: str) -> None:
+        web.say_where(address)
+        if open_it:
+            import webbrowser
+
+            webbrowser.open(address)
+
+    where = str(data.resolve()) if data else ""
+    web.serve(Store(), host=host, port=port, at_once=jobs, data=where, token=token, opened=opened)
 
 
 def exit_status(evidence: Evidence) -> int:

@@ -57,7 +57,8 @@ class FigureView:
     svg: Markup
     name: str
     caption: str
-    file: str
+    pdf: str  # addresses, relative to the page
+    png: str
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class PaperView:
     claims: list[ClaimRow]
     table: MethodTable | None
     figures: list[FigureView]
+    records: str  # address of the CSV file
     machine: str
     log: str
 
@@ -93,9 +95,9 @@ def write(folder: Path, papers: Sequence[Paper], store: Store) -> Path:
             if v.evidence is None:
                 continue
             for figure, shown in zip(v.evidence.figures, v.figures, strict=True):
-                (folder / "figures" / f"{shown.file}.pdf").write_bytes(figure.pdf)
-                (folder / "figures" / f"{shown.file}.png").write_bytes(figure.png)
-            (folder / "data" / f"{v.paper.slug}.csv").write_text(records_csv(v.evidence.measures), encoding="utf-8")
+                (folder / shown.pdf).write_bytes(figure.pdf)
+                (folder / shown.png).write_bytes(figure.png)
+            (folder / v.records).write_text(records_csv(v.evidence.measures), encoding="utf-8")
         draft = folder / ".index.html"
         draft.write_text(page, encoding="utf-8")
         os.replace(draft, folder / "index.html")
@@ -104,26 +106,55 @@ def write(folder: Path, papers: Sequence[Paper], store: Store) -> Path:
     return folder / "index.html"
 
 
-def render(views: Sequence[PaperView]) -> str:
-    environment = Environment(
+def templates() -> Environment:
+    """What the report and the served page are written with."""
+    return Environment(
         loader=PackageLoader("locally.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    counts = Counter((v.label, v.kind) for v in views)
-    order = list(KINDS)
-    return environment.get_template("report.html").render(
-        views=views,
-        ran=sum(v.evidence is not None for v in views),
-        tally=[(*key, counts[key]) for key in sorted(counts, key=lambda k: order.index(k[0]))],
-        written=datetime.now().strftime("%Y-%m-%d %H:%M"),
-        style=Markup((Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")),
+
+
+def style_sheet() -> str:
+    return (Path(__file__).parent / "templates" / "style.css").read_text(encoding="utf-8")
+
+
+def render(views: Sequence[PaperView]) -> str:
+    return (
+        templates()
+        .get_template("report.html")
+        .render(
+            views=views,
+            ran=sum(v.evidence is not None for v in views),
+            tally=tally((v.label, v.kind) for v in views),
+            written=datetime.now().strftime("%Y-%m-%d %H:%M"),
+            style=Markup(style_sheet()),
+        )
     )
 
 
-def view(paper: Paper, evidence: Evidence | None) -> PaperView:
+def tally(badges: Iterable[tuple[str, str]]) -> list[tuple[str, str, int]]:
+    """(label, CSS class, how many), in a fixed order."""
+    counts = Counter(badges)
+    order = list(KINDS)
+    return [(*key, counts[key]) for key in sorted(counts, key=lambda k: order.index(k[0]))]
+
+
+def unrun_label(paper: Paper) -> str:
+    return NOT_RUN if paper.runnable else NOT_RUNNABLE
+
+
+def view(
+    paper: Paper,
+    evidence: Evidence | None,
+    *,
+    records: str = "data/{slug}.csv",
+    figures: str = "figures/{slug}-{i}.{kind}",
+) -> PaperView:
+    """What the templates show; `records` and `figures` say where those files are, as seen from the page."""
     if evidence is None:
-        label = NOT_RUN if paper.runnable else NOT_RUNNABLE
+        label = unrun_label(paper)
         claims = [ClaimRow(c) for c in paper.claims]
-        return PaperView(paper, None, label, KINDS[label], short_authors(paper), claims, None, [], "", "")
+        return PaperView(paper, None, label, KINDS[label], short_authors(paper), claims, None, [], "", "", "")
+    at = lambda i, kind: figures.format(slug=paper.slug, i=i, kind=kind)
     return PaperView(
         paper=paper,
         evidence=evidence,
@@ -133,9 +164,10 @@ def view(paper: Paper, evidence: Evidence | None) -> PaperView:
         claims=[_claim_row(f) for f in evidence.verdict.findings] or [ClaimRow(c) for c in paper.claims],
         table=method_table(evidence.measures, [f.claim.metric for f in evidence.verdict.findings]),
         figures=[
-            FigureView(Markup(_own_ids(f.svg, f"{paper.slug}-{i}")), f.name, f.caption, f"{paper.slug}-{i}")
+            FigureView(Markup(_own_ids(f.svg, f"{paper.slug}-{i}")), f.name, f.caption, at(i, "pdf"), at(i, "png"))
             for i, f in enumerate(evidence.figures, 1)
         ],
+        records=records.format(slug=paper.slug),
         machine=_machine(evidence),
         log=evidence.log[-LOG_SHOWN:].strip(),
     )

@@ -34,6 +34,7 @@ SEEDS = {Scale.QUICK: 3, Scale.DEFAULT: 5, Scale.PAPER: 10}
 MEMORY_SHARE = 0.8  # of the machine, where no limit is given
 POLL = 0.1  # seconds
 LOG_LIMIT = 200_000  # characters kept, from the end
+LOG_TAIL = 4_000  # bytes shown while a run goes on
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,12 @@ def execute(
     claims: Sequence[Claim],
     on_progress: Callable[[Progress], None] = lambda _: None,
     stop: threading.Event | None = None,
+    on_log: Callable[[str], None] | None = None,
 ) -> Evidence:
-    """Run one job in a fresh process and wait for it; `stop` ends it early with status *cancelled*."""
+    """Run one job in a fresh process and wait for it; `stop` ends it early with status *cancelled*.
+
+    `on_log` is called with the end of what the experiment has printed whenever there is more of it.
+    """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     begin = time.monotonic()
     status, peak, result, log = Status.CRASHED, 0.0, dict[str, Any](), ""
@@ -59,7 +64,7 @@ def execute(
     try:
         with tempfile.TemporaryDirectory(prefix="locally-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
-            status, peak, code = _run_worker(job, folder, on_progress, stop or threading.Event())
+            status, peak, code = _run_worker(job, folder, on_progress, stop or threading.Event(), on_log)
             log = (folder / "log").read_text(encoding="utf-8", errors="replace")[-LOG_LIMIT:]
             result, reason = _read_result(folder, log)
             figures = _figures(folder, result)
@@ -124,7 +129,11 @@ def run_jobs(
 
 
 def _run_worker(
-    job: Job, folder: Path, on_progress: Callable[[Progress], None], stop: threading.Event
+    job: Job,
+    folder: Path,
+    on_progress: Callable[[Progress], None],
+    stop: threading.Event,
+    on_log: Callable[[str], None] | None,
 ) -> tuple[Status, float, int]:
     """How the process ended by our own hand (FINISHED when it ended by itself), peak memory in MiB, exit code."""
     with open(folder / "log", "wb") as log:
@@ -137,12 +146,17 @@ def _run_worker(
             env=_environment(job.threads),
             start_new_session=True,
         )
-    status, peak = _watch(process, job, on_progress, stop)
+    show_log = (lambda: None) if on_log is None else _new_lines(folder / "log", on_log)
+    status, peak = _watch(process, job, on_progress, stop, show_log)
     return status, peak, process.returncode
 
 
 def _watch(
-    process: "subprocess.Popen[bytes]", job: Job, on_progress: Callable[[Progress], None], stop: threading.Event
+    process: "subprocess.Popen[bytes]",
+    job: Job,
+    on_progress: Callable[[Progress], None],
+    stop: threading.Event,
+    show_log: Callable[[], None],
 ) -> tuple[Status, float]:
     """Feed the job in, pass its progress on, and enforce the limits until it ends."""
     assert process.stdin is not None
@@ -167,11 +181,29 @@ def _watch(
             status = Status.OUT_OF_MEMORY
         if status is not Status.FINISHED:
             break
+        show_log()
         time.sleep(POLL)
     _end(process)
+    show_log()
     reader.join(timeout=5)
     process.stdin.close()
     return status, peak
+
+
+def _new_lines(path: Path, on_log: Callable[[str], None]) -> Callable[[], None]:
+    """What to call from time to time: hands on the end of the log when it has grown."""
+    seen = 0
+
+    def show() -> None:
+        nonlocal seen
+        size = path.stat().st_size
+        if size > seen:
+            seen = size
+            with path.open("rb") as log:
+                log.seek(max(0, size - LOG_TAIL))
+                on_log(log.read().decode("utf-8", errors="replace"))
+
+    return show
 
 
 def _read_progress(stream: IO[bytes], slug: str, on_progress: Callable[[Progress], None]) -> None:

@@ -7,6 +7,7 @@ lock when they begin, so several processes write at once and none loses anything
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -71,10 +72,40 @@ figures = sa.Table(
     sa.Column("pdf", sa.LargeBinary, nullable=False),
     sa.Column("png", sa.LargeBinary, nullable=False),
 )
+requests = sa.Table(
+    "requests",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("slug", sa.String(120), nullable=False),
+    sa.Column("scale", sa.String(20), nullable=False),
+    sa.Column("state", sa.String(20), nullable=False),
+    sa.Column("asked", sa.String(40), nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id", ondelete="SET NULL")),
+    sa.Index(  # a paper is asked for once at a time
+        "requests_open",
+        "slug",
+        unique=True,
+        sqlite_where=sa.text("state in ('waiting', 'running')"),
+        postgresql_where=sa.text("state in ('waiting', 'running')"),
+    ),
+)
 
 
 class StoreError(UsageError):
     """The database cannot be used; says why and what became of it."""
+
+
+@dataclass(frozen=True)
+class Glance:
+    """One run in a line; `label` is the verdict of a finished run, otherwise how it ended."""
+
+    id: int
+    scale: Scale
+    label: str
+    reason: str
+    started: str
+    seconds: float
 
 
 class Store:
@@ -101,10 +132,10 @@ class Store:
                 with FileLock(f"{self.file}.lock", timeout=BUSY_TIMEOUT):
                     self._migrate()
 
-    def add(self, evidence: Evidence) -> int:
-        """Store one run, whole or not at all; its id."""
+    def add(self, evidence: Evidence, request: int | None = None) -> int:
+        """Store one run, whole or not at all; its id. With it goes the news that a request for it is done."""
         e = evidence
-        with self._writing() as connection:
+        with self.writing() as connection:
             inserted = connection.execute(
                 runs.insert().values(
                     slug=e.slug,
@@ -159,6 +190,9 @@ class Store:
                         for i, f in enumerate(e.figures)
                     ],
                 )
+            if request is not None:
+                done = {"state": "done", "run_id": run_id}
+                connection.execute(requests.update().where(requests.c.id == request).values(done))
         return run_id
 
     def latest(self, slug: str, scale: Scale | None = None) -> Evidence | None:
@@ -175,6 +209,28 @@ class Store:
         wanted = sa.select(runs).where(runs.c.slug == slug).order_by(runs.c.id)
         with self._explained(), self.engine.connect() as connection:
             return [_evidence(connection, row) for row in connection.execute(wanted).mappings().all()]
+
+    def glance(self, slug: str, limit: int = 30) -> Sequence[Glance]:
+        """The last runs of a paper without their records, newest first."""
+        columns = (
+            runs.c.id,
+            runs.c.scale,
+            runs.c.status,
+            runs.c.outcome,
+            runs.c.reason,
+            runs.c.started,
+            runs.c.seconds,
+        )
+        wanted = sa.select(*columns).where(runs.c.slug == slug).order_by(runs.c.id.desc()).limit(limit)
+        return [
+            Glance(i, Scale(scale), outcome if status == Status.FINISHED else status, reason, started, seconds)
+            for i, scale, status, outcome, reason, started, seconds in self.query(wanted)
+        ]
+
+    def run(self, run_id: int) -> Evidence | None:
+        with self._explained(), self.engine.connect() as connection:
+            row = connection.execute(sa.select(runs).where(runs.c.id == run_id)).mappings().first()
+            return None if row is None else _evidence(connection, row)
 
     def has(self, slug: str, scale: Scale, seeds: Sequence[int], device: str, code_version: str) -> bool:
         """Is a finished run of just this stored already?"""
@@ -196,13 +252,14 @@ class Store:
         return self.url.get_backend_name() == "sqlite"
 
     @contextmanager
-    def _writing(self) -> Iterator[Connection]:
+    def writing(self) -> Iterator[Connection]:
+        """One transaction, which takes the lock of writers when it begins."""
         with self._explained(), self.engine.execution_options(locally_write=True).begin() as connection:
             yield connection
 
     def _migrate(self) -> None:
         """Bring the schema to this version; refuse one that is newer."""
-        with self._writing() as connection:
+        with self.writing() as connection:
             known = sa.inspect(connection).has_table("alembic_version")
             found = connection.scalar(sa.text("select version_num from alembic_version")) if known else None
             if found == SCHEMA_VERSION:
