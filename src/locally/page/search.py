@@ -83,7 +83,7 @@ class Index:
         return [self.papers[i] for i in order[:limit]]
 
     def by_words(self, words: Sequence[str]) -> list[int]:
-        """Papers that contain every word, the last one as a beginning, by weighted BM25."""
+        """Papers that contain every word, the last one as a beginning, then those with some; both by weighted BM25."""
         terms = []
         for position, word in enumerate(words):
             spellings = [word]
@@ -93,8 +93,13 @@ class Index:
             terms.append("(" + " OR ".join(f'"{s}"{star}' for s in spellings) + ")")
         weights = ", ".join(map(str, WEIGHTS))
         statement = f"select rowid from papers where papers match ? order by bm25(papers, {weights}), rowid"
+        exact = [f'"{word}"' for word in words]  # where few words must do, guesses at their spelling would win
         with self._lock:
-            return [row[0] - 1 for row in self._words.execute(statement, (" AND ".join(terms),))]
+            every, some = (
+                [row[0] - 1 for row in self._words.execute(statement, (wanted,))]
+                for wanted in (" AND ".join(terms), " OR ".join(exact))
+            )
+        return every + [i for i in some if i not in every]
 
 
 def _columns(paper: Paper) -> tuple[str, ...]:
