@@ -3,7 +3,11 @@
 import math
 import os
 import random
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -271,7 +275,34 @@ def stumble(run: Run, seed: int) -> None:
         raise ValueError("seed 2 has no solution")
 
 
+def dawdle(run: Run, seed: int) -> None:
+    (run.scratch / f"{seed}.pid").write_text(str(os.getpid()))
+    time.sleep(300)
+
+
 class TestParallel:
+    def test_processes_go_when_the_experiment_is_killed(self, tmp_path):
+        code = [
+            "from pathlib import Path",
+            "from tests.test_evidence import Run, dawdle",
+            "if __name__ == '__main__':",
+            f"    Run(scratch=Path({str(tmp_path)!r})).parallel(dawdle, (1, 2), 'seeds')",
+        ]
+        (tmp_path / "parent.py").write_text("\n".join(code))
+        environment = os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": os.getcwd()}
+        parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], env=environment)
+        files = [tmp_path / f"{seed}.pid" for seed in (1, 2)]
+        deadline = time.monotonic() + 120
+        while not all(f.exists() and f.read_text() for f in files):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        parent.kill()
+        parent.wait()
+        pids = [int(f.read_text()) for f in files]
+        while any(map(psutil.pid_exists, pids)):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
     def test_two_cores_record_what_one_core_records(self, monkeypatch):
         runs = []
         for cores in ("1", "2"):

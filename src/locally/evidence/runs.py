@@ -3,6 +3,7 @@
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -197,7 +198,8 @@ class Run:
         import multiprocessing
         from concurrent.futures import ProcessPoolExecutor, as_completed
 
-        with _single_threaded(), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        spawn = multiprocessing.get_context("spawn")
+        with _single_threaded(), ProcessPoolExecutor(processes, spawn, _leave_with_parent) as pool:
             futures = [pool.submit(_elsewhere, self._part(), function, item) for item in items]
             try:
                 for future in self.track(as_completed(futures), label, len(items)):
@@ -263,6 +265,20 @@ def _single_threaded() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def _leave_with_parent() -> None:
+    """In another process: end when the experiment's process does, however it does, in the middle of an item too."""
+    from multiprocessing import parent_process
+
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _elsewhere(part: Run, function: Callable[[Run, T], R], item: T) -> bytes:
