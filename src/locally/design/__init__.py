@@ -1,0 +1,1 @@
+"""Offline model-based design."""
