@@ -1,0 +1,1 @@
+"""Training without one global backward pass, or without trust."""
