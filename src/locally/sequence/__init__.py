@@ -1,0 +1,1 @@
+"""Language and sequence models."""
