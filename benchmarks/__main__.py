@@ -12,7 +12,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PEERS = ("torch", "numpy", "scipy", "scikit-learn", "numba", "pyamg", "captum", "cvxpy", "dp-accounting", "kmedoids", "pymor")
+PEERS = ("torch", "numpy", "scipy", "scikit-learn", "numba", "pyamg", "captum", "cvxpy", "dp-accounting")
+PEERS += ("kmedoids", "pymor", "gymnasium", "triton")
 
 
 def main(words: list[str]) -> None:
