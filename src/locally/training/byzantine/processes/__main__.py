@@ -9,6 +9,7 @@ start the nodes one by one as in the second line.
 
 import argparse
 import os
+import sys
 
 import numpy as np
 import torch
@@ -43,7 +44,9 @@ def main() -> None:
         with SocketTransport(Membership.from_environment(), f=arguments.f, entries=entries) as transport:
             trained = train(transport, collaboration, problem, arguments.steps)
     (accuracy,) = problem.accuracies(trained.parameters[None], inputs, labels)
-    print(f"node {transport.rank}: accuracy {accuracy:.3f} after {arguments.steps} steps", flush=True)
+    # one write a line: the nodes share an output, and `print` would write the end of the line apart
+    sys.stdout.write(f"node {transport.rank}: accuracy {accuracy:.3f} after {arguments.steps} steps\n")
+    sys.stdout.flush()
 
 
 def digits(n: int) -> tuple[ModelProblem, torch.Tensor, torch.Tensor]:
