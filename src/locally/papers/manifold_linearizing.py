@@ -9,8 +9,9 @@ import io
 import math
 import zipfile
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,8 @@ def experiment(run: Run) -> None:
 def digits(run: Run, study: Study) -> None:
     X, y = load_digits(return_X_y=True)
     X = X / 16
-    # a seed a core: most kernels of a step are too small for cores to share
-    with ThreadPoolExecutor(cores()) as pool:
-        jobs = {pool.submit(train_on_digits, study, seed, X, y, run.device): seed for seed in run.seeds}
-        outcomes = {jobs[job]: job.result() for job in run.track(as_completed(jobs), "digits", total=len(jobs))}
+    found = run.parallel(partial(digits_of_seed, study=study), run.seeds, "digits")
+    outcomes = dict(zip(run.seeds, found))
     spectral = SpectralClustering(10, affinity="nearest_neighbors", n_neighbors=10, random_state=0).fit(X)
     for seed in run.seeds:
         record_digits(run, outcomes[seed], seed, float(normalized_mutual_info_score(y, spectral.labels_)))
@@ -89,6 +88,11 @@ def digits(run: Run, study: Study) -> None:
     run.plot_bars("accuracy", name="accuracy", title="Clustering 1797 digits", caption=ACCURACY_CAPTION)
     spectra_figure(run, outcomes[run.seeds[0]], y)
     geometry_figure(run, outcomes[run.seeds[0]], y)
+
+
+def digits_of_seed(run: Run, seed: int, study: Study) -> Outcome:
+    X, y = load_digits(return_X_y=True)
+    return train_on_digits(study, seed, X / 16, y, run.device)
 
 
 def train_on_digits(
