@@ -1,9 +1,7 @@
 """One run of an experiment: what it is handed, and everything that it leaves behind."""
 
 import os
-import pickle
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -196,6 +194,7 @@ class Run:
         self, function: Callable[["Run", T], R], items: Sequence[T], label: str, processes: int
     ) -> Iterator[tuple["Run", R]]:
         import multiprocessing
+        import pickle
         from concurrent.futures import ProcessPoolExecutor, as_completed
 
         spawn = multiprocessing.get_context("spawn")
@@ -269,6 +268,7 @@ def _single_threaded() -> Iterator[None]:
 
 def _leave_with_parent() -> None:
     """In another process: end when the experiment's process does, however it does, in the middle of an item too."""
+    import threading
     from multiprocessing import parent_process
 
     parent = parent_process()
@@ -283,5 +283,7 @@ def _leave_with_parent() -> None:
 
 def _elsewhere(part: Run, function: Callable[[Run, T], R], item: T) -> bytes:
     """In another process. Bytes, since tensors would otherwise travel through shared memory, which may be small."""
+    import pickle
+
     result = function(part, item)
     return pickle.dumps((part, result))
