@@ -207,7 +207,7 @@ class Run:
                 pool.shutdown(cancel_futures=True)
                 raise
         for future in futures:
-            yield pickle.loads(future.result())
+            yield pickle.loads(future.result())  # made by `_elsewhere` in our own process, never read from outside
 
     def _report(self, label: str) -> None:
         if self._on_progress is None:
