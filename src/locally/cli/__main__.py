@@ -1,0 +1,3 @@
+from locally.cli import main
+
+main()

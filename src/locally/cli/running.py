@@ -1,0 +1,156 @@
+"""`locally run | report`: run experiments, keep their evidence, write the report."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from locally import catalogue
+from locally.cli.status import EXIT_INTERRUPTED, exit_status
+from locally.errors import UsageError
+from locally.evidence import Paper, Scale, Status
+
+if TYPE_CHECKING:
+    from locally.page.store import Store
+
+
+def run(
+    slugs: Annotated[list[str] | None, typer.Argument(help="Slugs, their beginnings, numbers or arXiv ids.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Run every paper that has an experiment.")] = False,
+    scale: Annotated[str, typer.Option(help="quick (10 s), default (60 s) or paper (full size).")] = "default",
+    seeds: Annotated[int | None, typer.Option(help="Number of seeds; 3, 5 or 10 by scale.")] = None,
+    jobs: Annotated[int, typer.Option("--jobs", "-j", help="Experiments to run at once; cores are shared out.")] = 1,
+    resume: Annotated[bool, typer.Option(help="Skip what is stored for this code, scale, seeds and device.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per paper and no report.")] = False,
+    device: Annotated[str, typer.Option(help="A torch device, such as cpu or cuda:0.")] = "cpu",
+    data: Annotated[Path | None, typer.Option(help="Folder with your data sets, for scale paper.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds for each experiment; 0 for the scale's own.")] = 0.0,
+    memory_limit: Annotated[float, typer.Option(help="MiB for each experiment; 0 for most of the machine.")] = 0.0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the report.")] = None,
+) -> None:
+    """Run papers' experiments, store their evidence, and say whether the claims hold."""
+    from locally.page.runner import SEEDS, Job, run_jobs
+    from locally.page.store import Store
+
+    chosen = _choose(slugs or [], everything)
+    wanted = _scale(scale)
+    count = SEEDS[wanted] if seeds is None else seeds
+    for name, value, least in (("--seeds", count, 1), ("--jobs", jobs, 1)):
+        if value < least:
+            raise UsageError(f"{name} must be at least {least}, got {value}")
+    for name, limit in (("--time-limit", time_limit), ("--memory-limit", memory_limit)):
+        if not 0 <= limit < float("inf"):
+            raise UsageError(f"{name} must be non-negative and finite, got {limit}")
+    if data is not None and not data.is_dir():
+        raise UsageError(f"--data names {data}, which is not a folder")
+    _check_device(device)
+    folder = _report_folder(output)
+    where = str(data.resolve()) if data else ""
+    work = [
+        (Job(p.slug, wanted, tuple(range(count)), device, where, time_limit, memory_limit), p.claims) for p in chosen
+    ]
+    store = Store()
+    if resume:
+        work = _not_stored(work, store, as_json)
+
+    worst = 0
+    board = _board(work, as_json)
+    kept = 0
+    try:
+        with board:
+            for evidence in run_jobs(work, at_once=jobs, on_progress=board.progress):
+                if evidence.status is not Status.REFUSED:
+                    store.add(evidence)
+                    kept += 1
+                board.ended(evidence)
+                if as_json:
+                    print(json.dumps(evidence.to_dict(), ensure_ascii=False), flush=True)
+                worst = max(worst, exit_status(evidence))
+    except KeyboardInterrupt:
+        print(f"locally: stopped; {kept} finished of {len(work)} kept", file=sys.stderr)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    if not as_json:
+        print(f"Report: {_write_report(folder, store)}")
+    raise typer.Exit(worst)
+
+
+def report(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write to.")] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+) -> None:
+    """Write the page of papers with their latest evidence as one HTML file."""
+    from locally.page.store import Store
+
+    page = _write_report(_report_folder(output), Store())
+    print(page)
+    if open_it:
+        import webbrowser
+
+        if not webbrowser.open(page.as_uri()):
+            raise UsageError(f"no browser found; open {page} yourself")
+
+
+def _choose(names: list[str], everything: bool) -> list[Paper]:
+    papers = catalogue.load()
+    if everything and names:
+        raise UsageError("name papers or give --all, not both")
+    if everything:
+        return [p for p in papers if p.runnable]
+    if not names:
+        raise UsageError("name at least one paper, or give --all; locally list shows them")
+    chosen = {p.slug: p for p in (catalogue.find(papers, name) for name in names)}
+    for paper in chosen.values():
+        if not paper.runnable:
+            raise UsageError(f"{paper.slug} is not yet runnable: its method has no experiment")
+    return list(chosen.values())
+
+
+def _scale(name: str) -> Scale:
+    if name not in list(Scale):
+        raise UsageError(f"--scale must be one of {', '.join(Scale)}, got {name!r}")
+    return Scale(name)
+
+
+def _check_device(name: str) -> None:
+    if name == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def _not_stored(work: list[Any], store: "Store", quiet: bool) -> list[Any]:
+    from locally.page.runner import code_version
+
+    left = [w for w in work if not store.has(w[0].slug, w[0].scale, w[0].seeds, w[0].device, code_version())]
+    if len(left) < len(work) and not quiet:
+        print(f"{len(work) - len(left)} of {len(work)} stored already for this code", file=sys.stderr)
+    return left
+
+
+def _board(work: list[Any], quiet: bool) -> Any:
+    from locally.page.progress import LiveBoard, PlainBoard, QuietBoard
+
+    if quiet:
+        return QuietBoard()
+    return (LiveBoard if sys.stderr.isatty() else PlainBoard)([job.slug for job, _ in work])
+
+
+def _report_folder(output: Path | None) -> Path:
+    from locally.home import home
+
+    folder = output or home() / "report"
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"cannot write the report to {folder}: it is a file")
+    return folder.resolve()
+
+
+def _write_report(folder: Path, store: "Store") -> Path:
+    from locally.page.report import write
+
+    return write(folder, catalogue.load(), store)
