@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 
 from locally.evidence import Claim, Evidence, Figure, Measure, Relation, Scale, Status, judge
-from locally.page import store as store_module
+from locally.page import schema
 from locally.page.glance import SCHEMA_VERSION, last_runs
 from locally.page.store import Store, StoreError
 
@@ -86,8 +86,8 @@ def test_a_run_that_cannot_be_written_whole_is_not_written_at_all():
     broken = evidence(figures=(Figure("error", "", "<svg/>", "not bytes", b""),))  # type: ignore[arg-type]
     with pytest.raises(sa.exc.SQLAlchemyError):
         store.add(broken)
-    assert store.query(sa.select(sa.func.count()).select_from(store_module.runs)) == [(0,)]
-    assert store.query(sa.select(sa.func.count()).select_from(store_module.measures)) == [(0,)]
+    assert store.query(sa.select(sa.func.count()).select_from(schema.runs)) == [(0,)]
+    assert store.query(sa.select(sa.func.count()).select_from(schema.measures)) == [(0,)]
 
 
 def _write_many(writer: int, count: int) -> None:
@@ -106,8 +106,8 @@ def test_eight_writers_at_once_lose_nothing():
         w.join()
     assert [w.exitcode for w in writers] == [0] * 8
     store = Store()
-    assert store.query(sa.select(sa.func.count()).select_from(store_module.runs)) == [(1600,)]
-    assert store.query(sa.select(sa.func.count()).select_from(store_module.measures)) == [(4800,)]
+    assert store.query(sa.select(sa.func.count()).select_from(schema.runs)) == [(1600,)]
+    assert store.query(sa.select(sa.func.count()).select_from(schema.measures)) == [(4800,)]
     assert [e.measures[0].value for e in store.history("writer-7")] == [float(i) for i in range(200)]
 
 
@@ -118,7 +118,7 @@ def test_the_migrations_make_the_schema_that_the_code_expects():
     store = Store()
     with store.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, store_module.metadata) == []
+        assert compare_metadata(context, schema.metadata) == []
         assert context.get_current_revision() == SCHEMA_VERSION
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from locally.evidence import Scale, Status
 from locally.home import database_url
 
-SCHEMA_VERSION = "0002"  # the newest migration
+SCHEMA_VERSION = "0004"  # the newest migration
 
 LATEST = """
 select runs.slug, runs.scale, runs.status, runs.outcome, runs.reason, runs.started

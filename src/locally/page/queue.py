@@ -15,7 +15,8 @@ from sqlalchemy.exc import IntegrityError
 from locally.errors import UsageError
 from locally.evidence import Paper, Scale, Status
 from locally.page.runner import SEEDS, Progress, execute
-from locally.page.store import Store, requests
+from locally.page.schema import requests
+from locally.page.store import Store
 from locally.page.worker import Job
 
 

@@ -22,74 +22,10 @@ from locally.errors import UsageError
 from locally.evidence import Evidence, Figure, Finding, Measure, Outcome, Scale, Status, Verdict
 from locally.home import database_url
 from locally.page.glance import SCHEMA_VERSION
+from locally.page.schema import figures, measures, metadata, requests, runs
 
 BUSY_TIMEOUT = 60.0  # seconds that a writer waits for another
 DAMAGED = ("file is not a database", "malformed", "disk image")
-
-metadata = sa.MetaData()
-
-runs = sa.Table(
-    "runs",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("slug", sa.String(120), nullable=False),
-    sa.Column("scale", sa.String(20), nullable=False),
-    sa.Column("status", sa.String(20), nullable=False),
-    sa.Column("outcome", sa.String(20), nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
-    sa.Column("findings", sa.JSON, nullable=False),
-    sa.Column("seeds", sa.JSON, nullable=False),
-    sa.Column("device", sa.String(40), nullable=False),
-    sa.Column("started", sa.String(40), nullable=False),
-    sa.Column("seconds", sa.Float, nullable=False),
-    sa.Column("peak_memory_mib", sa.Float, nullable=False),
-    sa.Column("versions", sa.JSON, nullable=False),
-    sa.Column("code_version", sa.String(80), nullable=False),
-    sa.Column("git_revision", sa.String(80), nullable=False),
-    sa.Column("machine", sa.JSON, nullable=False),
-    sa.Column("log", sa.Text, nullable=False),
-    sa.Index("runs_by_paper", "slug", "id"),
-)
-measures = sa.Table(
-    "measures",
-    metadata,
-    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
-    sa.Column("position", sa.Integer, primary_key=True),
-    sa.Column("method", sa.String(200), nullable=False),
-    sa.Column("metric", sa.String(200), nullable=False),
-    sa.Column("value", sa.Float),  # NULL is not-a-number: SQLite has no other way to keep one
-    sa.Column("seed", sa.BigInteger),
-    sa.Column("setting", sa.JSON, nullable=False),
-)
-figures = sa.Table(
-    "figures",
-    metadata,
-    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
-    sa.Column("position", sa.Integer, primary_key=True),
-    sa.Column("name", sa.String(200), nullable=False),
-    sa.Column("caption", sa.Text, nullable=False),
-    sa.Column("svg", sa.Text, nullable=False),
-    sa.Column("pdf", sa.LargeBinary, nullable=False),
-    sa.Column("png", sa.LargeBinary, nullable=False),
-)
-requests = sa.Table(
-    "requests",
-    metadata,
-    sa.Column("id", sa.Integer, primary_key=True),
-    sa.Column("slug", sa.String(120), nullable=False),
-    sa.Column("scale", sa.String(20), nullable=False),
-    sa.Column("state", sa.String(20), nullable=False),
-    sa.Column("asked", sa.String(40), nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
-    sa.Column("run_id", sa.Integer, sa.ForeignKey("runs.id", ondelete="SET NULL")),
-    sa.Index(  # a paper is asked for once at a time
-        "requests_open",
-        "slug",
-        unique=True,
-        sqlite_where=sa.text("state in ('waiting', 'running')"),
-        postgresql_where=sa.text("state in ('waiting', 'running')"),
-    ),
-)
 
 
 class StoreError(UsageError):
