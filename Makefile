@@ -13,7 +13,7 @@ setup: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit("Locally needs Python 3.11 or newer; name one with PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv --clear .venv
 	@echo "Installing into .venv; the first time this takes a few minutes"
-	@$(PIP) install --constraint constraints.txt --editable ".[dev,llm,page,privacy]"
+	@$(PIP) install --constraint constraints.txt --editable ".[cluster,dev,llm,page,privacy]"
 	@touch $@
 
 .venv/ready-bench: .venv/ready

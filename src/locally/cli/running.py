@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,9 +12,10 @@ import typer
 from locally import catalogue
 from locally.cli.status import EXIT_INTERRUPTED, exit_status
 from locally.errors import UsageError
-from locally.evidence import Paper, Scale, Status
+from locally.evidence import Evidence, Paper, Scale, Status
 
 if TYPE_CHECKING:
+    from locally.page.runner import Progress
     from locally.page.store import Store
 
 
@@ -29,9 +32,12 @@ def run(
     time_limit: Annotated[float, typer.Option(help="Seconds for each experiment; 0 for the scale's own.")] = 0.0,
     memory_limit: Annotated[float, typer.Option(help="MiB for each experiment; 0 for most of the machine.")] = 0.0,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder of the report.")] = None,
+    cluster: Annotated[
+        str, typer.Option(help="Dask cluster to run on: tcp://host:port, a scheduler file, or local:N workers.")
+    ] = "",
 ) -> None:
     """Run papers' experiments, store their evidence, and say whether the claims hold."""
-    from locally.page.runner import SEEDS, Job, run_jobs
+    from locally.page.runner import SEEDS, Job
     from locally.page.store import Store
 
     chosen = _choose(slugs or [], everything)
@@ -45,7 +51,10 @@ def run(
             raise UsageError(f"{name} must be non-negative and finite, got {limit}")
     if data is not None and not data.is_dir():
         raise UsageError(f"--data names {data}, which is not a folder")
-    _check_device(device)
+    if cluster and jobs != 1:
+        raise UsageError("give --jobs or --cluster, not both: a cluster's workers say how much they take")
+    if not cluster:
+        _check_device(device)
     folder = _report_folder(output)
     where = str(data.resolve()) if data else ""
     work = [
@@ -59,8 +68,8 @@ def run(
     board = _board(work, as_json)
     kept = 0
     try:
-        with board:
-            for evidence in run_jobs(work, at_once=jobs, on_progress=board.progress):
+        with board, _runs(work, jobs, cluster, board.progress) as runs:
+            for evidence in runs:
                 if evidence.status is not Status.REFUSED:
                     store.add(evidence)
                     kept += 1
@@ -90,6 +99,23 @@ def report(
 
         if not webbrowser.open(page.as_uri()):
             raise UsageError(f"no browser found; open {page} yourself")
+
+
+@contextmanager
+def _runs(
+    work: list[Any], jobs: int, cluster: str, on_progress: "Callable[[Progress], None]"
+) -> Iterator[Iterator[Evidence]]:
+    """The evidence of each job as it ends, here or on a cluster."""
+    if not cluster:
+        from locally.page.runner import run_jobs
+
+        with closing(run_jobs(work, at_once=jobs, on_progress=on_progress)) as runs:
+            yield runs
+        return
+    from locally.page.cluster import Cluster, say
+
+    with Cluster(cluster, say=say) as workers, closing(workers.run(work, on_progress)) as runs:
+        yield runs
 
 
 def _choose(names: list[str], everything: bool) -> list[Paper]:

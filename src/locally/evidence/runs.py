@@ -3,13 +3,13 @@
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from locally.errors import UsageError
+from locally.evidence import elsewhere
 from locally.evidence.claims import Measure, Scale, Status, Verdict
 
 if TYPE_CHECKING:
@@ -17,14 +17,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-THREAD_VARIABLES = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "NUMBA_NUM_THREADS",
-    "VECLIB_MAXIMUM_THREADS",
-)
 
 
 @dataclass(frozen=True)
@@ -163,17 +155,17 @@ class Run:
             del self._levels[depth - 1 :]
 
     def parallel(self, function: Callable[["Run", T], R], items: Sequence[T], label: str) -> list[R]:
-        """`[function(part, item) for item in items]` over the cores that this run may use, one thread a process.
+        """`[function(part, item) for item in items]` over the cores or the cluster that this run may use.
 
-        For independent items whose work is too small for threads. Each call has a run of its own, which holds only
-        what that call recorded; all of it is kept here, in the items' order whoever is done first, so that the result
-        is the same on one core. `function` stands at the top of a module, and what it returns can be pickled. No
-        process is started on a GPU, where there is one core, and for a paper in a folder of its own, whose module no
-        other process could import.
+        For independent items whose work is too small for threads: one process an item, one thread a process. Each call
+        has a run of its own, which holds only what that call recorded; all of it is kept here, in the items' order
+        whoever is done first, so that the result is the same on one core. `function` stands at the top of a module, and
+        what it returns can be pickled; what it writes to its scratch folder stays there, which may be on another
+        machine. No process is started on a GPU, where there is one core, and for a paper in a folder of its own, whose
+        module no other process could import.
         """
-        importable = getattr(function, "func", function).__module__ in sys.modules
-        processes = min(cores(), len(items)) if self.device == "cpu" and importable else 1
-        done = self._in_turn if processes <= 1 else partial(self._side_by_side, processes=processes)
+        place = self._place(function, len(items))
+        done = self._in_turn if place is None else partial(self._side_by_side, *place)
         results = []
         for part, result in done(function, items, label):
             self.measures.extend(part.measures)
@@ -190,24 +182,28 @@ class Run:
             part._on_progress, part._levels = self._on_progress, self._levels
             yield part, function(part, item)
 
-    def _side_by_side(
-        self, function: Callable[["Run", T], R], items: Sequence[T], label: str, processes: int
-    ) -> Iterator[tuple["Run", R]]:
-        import multiprocessing
-        import pickle
-        from concurrent.futures import ProcessPoolExecutor, as_completed
+    def _place(self, function: Callable[..., Any], items: int) -> tuple[Any, Callable[..., bytes]] | None:
+        """Where items go side by side and how one is asked for there; None for here, one after another."""
+        importable = getattr(function, "func", function).__module__ in sys.modules
+        if self.device != "cpu" or not importable or items < 2:
+            return None
+        if address := os.environ.get(elsewhere.CLUSTER):
+            return elsewhere.on_cluster(address), elsewhere.answer_apart
+        processes = min(cores(), items)
+        return (elsewhere.on_cores(processes), elsewhere.answer) if processes > 1 else None
 
-        spawn = multiprocessing.get_context("spawn")
-        with _single_threaded(), ProcessPoolExecutor(processes, spawn, _leave_with_parent) as pool:
-            futures = [pool.submit(_elsewhere, self._part(), function, item) for item in items]
-            try:
-                for future in self.track(as_completed(futures), label, len(items)):
-                    future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+    def _side_by_side(
+        self, place: Any, ask: Callable[..., bytes], function: Callable[["Run", T], R], items: Sequence[T], label: str
+    ) -> Iterator[tuple["Run", R]]:
+        import pickle
+        from concurrent.futures import as_completed
+
+        with place as pool:
+            futures = [pool.submit(ask, self._part(), function, item) for item in items]
+            for future in self.track(as_completed(futures), label, len(items)):
+                future.result()
         for future in futures:
-            yield pickle.loads(future.result())  # made by `_elsewhere` in our own process, never read from outside
+            yield pickle.loads(future.result())  # made by `answer` in our own process, never read from outside
 
     def _report(self, label: str) -> None:
         if self._on_progress is None:
@@ -249,41 +245,3 @@ class Run:
 def cores() -> int:
     """How many this process was given; the runner says so by the variable that OpenMP reads. One where nobody did."""
     return int(os.environ.get("OMP_NUM_THREADS", "1"))
-
-
-@contextmanager
-def _single_threaded() -> Iterator[None]:
-    """Processes that are started now compute with one thread each."""
-    before = {name: os.environ.get(name) for name in THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _leave_with_parent() -> None:
-    """In another process: end when the experiment's process does, however it does, in the middle of an item too."""
-    import threading
-    from multiprocessing import parent_process
-
-    parent = parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
-def _elsewhere(part: Run, function: Callable[[Run, T], R], item: T) -> bytes:
-    """In another process. Bytes, since tensors would otherwise travel through shared memory, which may be small."""
-    import pickle
-
-    result = function(part, item)
-    return pickle.dumps((part, result))

@@ -14,19 +14,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import psutil
 
 import locally
 from locally.evidence import Claim, Evidence, Figure, Measure, Outcome, Scale, Status, Verdict, judge
-from locally.evidence.runs import THREAD_VARIABLES
+from locally.evidence.elsewhere import THREAD_VARIABLES
 from locally.page.worker import Job
 
 TIME_LIMITS = {Scale.QUICK: 120.0, Scale.DEFAULT: 600.0, Scale.PAPER: 7 * 86400.0}  # seconds
@@ -52,10 +53,12 @@ def execute(
     on_progress: Callable[[Progress], None] = lambda _: None,
     stop: threading.Event | None = None,
     on_log: Callable[[str], None] | None = None,
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Evidence:
     """Run one job in a fresh process and wait for it; `stop` ends it early with status *cancelled*.
 
-    `on_log` is called with the end of what the experiment has printed whenever there is more of it.
+    `on_log` is called with the end of what the experiment has printed whenever there is more of it. `variables` are
+    added to its environment.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
     begin = time.monotonic()
@@ -64,7 +67,7 @@ def execute(
     try:
         with tempfile.TemporaryDirectory(prefix="locally-", ignore_cleanup_errors=True) as name:
             folder = Path(name)
-            status, peak, code = _run_worker(job, folder, on_progress, stop or threading.Event(), on_log)
+            status, peak, code = _run_worker(job, folder, on_progress, stop or threading.Event(), on_log, variables)
             log = (folder / "log").read_text(encoding="utf-8", errors="replace")[-LOG_LIMIT:]
             result, reason = _read_result(folder, log)
             figures = _figures(folder, result)
@@ -105,15 +108,14 @@ def run_jobs(
     *,
     at_once: int = 1,
     on_progress: Callable[[Progress], None] = lambda _: None,
-    executor: Executor | None = None,
-) -> Iterator[Evidence]:
+) -> Generator[Evidence]:
     """Run all jobs, `at_once` at a time with the cores shared out among them, and yield each as it ends.
 
     Leaving the iterator early (an exception, Ctrl-C) stops what runs and starts nothing more.
     """
     stop = threading.Event()
     threads = max(1, (os.cpu_count() or 1) // at_once)
-    pool = executor or ThreadPoolExecutor(max_workers=at_once)
+    pool = ThreadPoolExecutor(max_workers=at_once)
     try:
         pending: set[Future[Evidence]] = {
             pool.submit(execute, replace(job, threads=threads), claims, on_progress, stop) for job, claims in jobs
@@ -134,6 +136,7 @@ def _run_worker(
     on_progress: Callable[[Progress], None],
     stop: threading.Event,
     on_log: Callable[[str], None] | None,
+    variables: Mapping[str, str],
 ) -> tuple[Status, float, int]:
     """How the process ended by our own hand (FINISHED when it ended by itself), peak memory in MiB, exit code."""
     with open(folder / "log", "wb") as log:
@@ -143,7 +146,7 @@ def _run_worker(
             stdout=subprocess.PIPE,
             stderr=log,
             cwd=folder,
-            env=_environment(job.threads),
+            env={**_environment(job.threads), **variables},
             start_new_session=True,
         )
     show_log = (lambda: None) if on_log is None else _new_lines(folder / "log", on_log)
