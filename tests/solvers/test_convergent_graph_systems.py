@@ -30,9 +30,9 @@ def as_networkx(graph, weight=None):
 
 
 @settings(max_examples=10)
-@given(seeds, st.integers(10, 120))
-def test_no_pore_but_the_boundary_ones_gains_or_loses_fluid(seed, n):
-    graph, pressure = make_pore_network(n, np.random.default_rng(seed))
+@given(seeds, st.integers(10, 120), st.sampled_from(["delaunay", "voronoi"]))
+def test_no_pore_but_the_boundary_ones_gains_or_loses_fluid(seed, n, tessellation):
+    graph, pressure = make_pore_network(n, np.random.default_rng(seed), tessellation=tessellation)
     fixed, inlet = graph.x[:, 0].bool(), graph.x[:, 1].bool()
     assert inlet.any()
     assert (fixed & ~inlet).any()
@@ -49,8 +49,10 @@ def test_no_pore_but_the_boundary_ones_gains_or_loses_fluid(seed, n):
     assert net[inlet].sum() == pytest.approx(-float(net[fixed & ~inlet].sum()), rel=1e-3)
 
 
-def test_throats_are_as_wide_as_the_smaller_pore_and_conduct_by_hagen_and_poiseuille():
-    graph, _ = make_pore_network(60, np.random.default_rng(1), coordinates=True)
+@pytest.mark.parametrize("tessellation", ["delaunay", "voronoi"])
+def test_throats_are_as_wide_as_the_smaller_pore_and_conduct_by_hagen_and_poiseuille(tessellation):
+    rng = np.random.default_rng(1)
+    graph, _ = make_pore_network(60, rng, coordinates=True, tessellation=tessellation)
     assert graph.x.shape[1] == 5
     radius, length, conductance = graph.edge_attr.double().T
     ratio = conductance * length / radius**4
@@ -59,6 +61,18 @@ def test_throats_are_as_wide_as_the_smaller_pore_and_conduct_by_hagen_and_poiseu
     torch.testing.assert_close(graph.edge_attr.mean(0), torch.ones(3), rtol=1e-5, atol=0)
     half = graph.edge_index.shape[1] // 2
     assert torch.equal(graph.edge_index[:, :half], graph.edge_index[:, half:].flip(0))
+
+
+@settings(max_examples=10)
+@given(seeds, st.integers(10, 150))
+def test_corners_of_cells_have_four_throats_at_most_and_hang_together(seed, n):
+    graph, _ = make_pore_network(n, np.random.default_rng(seed), tessellation="voronoi", coordinates=True)
+    web = nx.Graph(graph.edge_index.T.tolist())
+    assert len(web) == n
+    assert nx.is_connected(web)
+    assert max(degree for _, degree in web.degree) <= 4
+    assert graph.x[:, 2:].min() >= 0
+    assert graph.x[:, 2:].max() <= 1
 
 
 @settings(max_examples=10)
@@ -146,6 +160,7 @@ def test_generators_refuse_sizes_out_of_range():
     rng = np.random.default_rng(0)
     for make, name in (
         (lambda: make_pore_network(5, rng), "n_pores"),
+        (lambda: make_pore_network(20, rng, tessellation="square"), "tessellation"),
         (lambda: make_percolating_network(5, rng), "n_pores"),
         (lambda: make_percolating_network(20, rng, open_share=(0.5, 0.4)), "open_share"),
         (lambda: make_shortest_path_graph(5, rng), "n_nodes"),

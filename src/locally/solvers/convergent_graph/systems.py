@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float, Int
 from numpy import ndarray
 from scipy.sparse.linalg import spsolve
-from scipy.spatial import Delaunay
+from scipy.spatial import Delaunay, Voronoi
 from torch import Tensor
 
-from locally.checks import check_between, check_count, check_positive
+from locally.checks import check_between, check_choice, check_count, check_positive
 from locally.solvers.convergent_graph.graphs import Graph, as_graph
 from locally.solvers.convergent_graph.maps import largest_by
 
@@ -24,27 +24,38 @@ SIDE = 0.1  # pores within this share of the cube's side from a face belong to i
 
 
 def make_pore_network(
-    n_pores: int, rng: np.random.Generator, *, coordinates: bool = False
+    n_pores: int, rng: np.random.Generator, *, coordinates: bool = False, tessellation: str = "delaunay"
 ) -> tuple[Graph, Float[Tensor, " pores"]]:
     """A porous medium in the unit cube and the pressures at rest: sum_j g_ij (p_i - p_j) = 0 inside, 1 in, 0 out.
 
-    Pores are uniform points joined by a Delaunay tessellation, their radii lognormal; throats are as wide as the
-    smaller pore, g = r^4 / length (Hagen-Poiseuille) relative to the mean. Node features: is a boundary pore, boundary
-    pressure, and the coordinates if asked for, which give much of the answer away. Edge features: radius, length and
-    conductance over their means; both directions are stored.
+    Pores are uniform points joined by their Delaunay tessellation (about 15 throats a pore), or the corners of the
+    Voronoi cells of uniform grains joined along the cells' edges (at most 4). Radii are lognormal; throats are as wide
+    as the smaller pore, g = r^4 / length (Hagen-Poiseuille) relative to the mean. Node features: is a boundary pore,
+    boundary pressure, and the coordinates if asked for, which give much of the answer away. Edge features: radius,
+    length and conductance over their means; both directions are stored.
 
     Args:
         n_pores: at least 10.
+        tessellation: "delaunay" or "voronoi".
     """
     check_count("n_pores", n_pores, at_least=10)
+    check_choice("tessellation", tessellation, ("delaunay", "voronoi"))
     while True:
-        points = rng.random((n_pores, 3))
+        if tessellation == "delaunay":
+            points = rng.random((n_pores, 3))
+            pairs = delaunay_edges(points)
+        else:
+            points, pairs = _corners_of_cells(n_pores, rng)
         inlet, outlet = points[:, 1] <= SIDE, points[:, 1] >= 1 - SIDE
         if inlet.any() and outlet.any():
             break
-    pairs = delaunay_edges(points)
     distance = np.linalg.norm(points[pairs[0]] - points[pairs[1]], axis=1)
-    radius = np.minimum(0.5 * rng.lognormal(np.log(0.01), 0.1, n_pores), 0.45 * distance.min())
+    room = np.full(n_pores, distance.min())
+    if tessellation == "voronoi":  # whose shortest throat is tiny: it bounds its own two pores, not all of them
+        room[:] = np.inf
+        for end in pairs:
+            np.minimum.at(room, end, distance)
+    radius = np.minimum(0.5 * rng.lognormal(np.log(0.01), 0.1, n_pores), 0.45 * room)
     throat = np.minimum(*radius[pairs])
     length = distance - radius[pairs].sum(0)
     conductance = throat**4 / length
@@ -53,6 +64,33 @@ def make_pore_network(
     nodes = np.column_stack([fixed, inlet, *(points.T if coordinates else ())])
     edges = np.column_stack([v / v.mean() for v in (throat, length, conductance)])
     return _both_ways(nodes, pairs, edges), torch.from_numpy(pressure).float()
+
+
+def _corners_of_cells(n: int, rng: np.random.Generator) -> tuple[Float[ndarray, "n three"], Int[ndarray, "two pairs"]]:
+    """n corners of Voronoi cells in the unit cube, all connected, and the cells' edges between them.
+
+    As few grains as give n corners inside; what is too many is left off from one side, so that the rest stays a piece
+    of the tessellation.
+    """
+    grains = 6 + n // 8
+    while True:
+        cells = Voronoi(rng.random((grains, 3)))
+        faces = (np.asarray(face) for face in cells.ridge_vertices if -1 not in face)
+        edges = np.concatenate([np.stack([face, np.roll(face, 1)]) for face in faces], axis=1)
+        points = cells.vertices
+        inside = np.flatnonzero(((points >= 0) & (points <= 1)).all(axis=1))
+        kept = inside[np.argsort(points[inside, 0])][:n]
+        number = np.full(len(points), -1)
+        number[kept] = np.arange(len(kept))
+        edges = number[edges]
+        edges = edges[:, (edges >= 0).all(axis=0)]
+        pairs = np.unique(np.sort(edges, axis=0), axis=1)
+        joined = sp.coo_array((np.ones(pairs.shape[1]), tuple(pairs)), shape=(len(kept), len(kept)))
+        pieces = sp.csgraph.connected_components(joined, directed=False, return_labels=False)
+        if len(kept) == n and pieces == 1:
+            return points[kept], pairs
+        if len(kept) < n:
+            grains += 1 + grains // 20
 
 
 def stationary_potential(
