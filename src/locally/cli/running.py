@@ -1,7 +1,9 @@
 """`locally run | report`: run experiments, keep their evidence, write the report."""
 
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -106,16 +108,36 @@ def _runs(
     work: list[Any], jobs: int, cluster: str, on_progress: "Callable[[Progress], None]"
 ) -> Iterator[Iterator[Evidence]]:
     """The evidence of each job as it ends, here or on a cluster."""
-    if not cluster:
-        from locally.page.runner import run_jobs
+    with _interruptible() as interrupted:
+        if not cluster:
+            from locally.page.runner import run_jobs
 
-        with closing(run_jobs(work, at_once=jobs, on_progress=on_progress)) as runs:
+            with closing(run_jobs(work, at_once=jobs, on_progress=on_progress, interrupted=interrupted)) as runs:
+                yield runs
+            return
+        from locally.page.cluster import Cluster, say
+
+        with Cluster(cluster, say=say) as workers, closing(workers.run(work, on_progress, interrupted)) as runs:
             yield runs
-        return
-    from locally.page.cluster import Cluster, say
 
-    with Cluster(cluster, say=say) as workers, closing(workers.run(work, on_progress)) as runs:
-        yield runs
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C sets an event: an exception may be lost where the main thread stands in a callback or takes a lock.
+
+    A second Ctrl-C raises at once.
+    """
+    interrupted = threading.Event()
+
+    def first(_number: int, _frame: Any) -> None:
+        interrupted.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _choose(names: list[str], everything: bool) -> list[Paper]:

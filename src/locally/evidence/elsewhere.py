@@ -1,24 +1,25 @@
 """Items of one run on other cores and other machines: a process each, one thread a process, the same records.
 
 A process made here ends when the one that made it does, however it does. What travels is pickled by our own processes
-and read by them alone; a cluster's scheduler and workers belong to whoever names them.
+and read by them alone; a cluster's scheduler and workers belong to whoever names them. Every command line imports this
+module, so that what only a run needs is imported there.
 """
 
 import contextlib
 import os
 import pickle
-import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from locally.errors import require
 
 if TYPE_CHECKING:
+    import subprocess
+    from concurrent.futures import Executor
+
     from locally.evidence.runs import Run
 
 THREAD_VARIABLES = (
@@ -36,9 +37,10 @@ Function = Callable[["Run", Any], Any]
 
 
 @contextlib.contextmanager
-def on_cores(processes: int) -> Iterator[Executor]:
+def on_cores(processes: int) -> Iterator["Executor"]:
     """Processes of this machine."""
     import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
 
     spawn = multiprocessing.get_context("spawn")
     with _single_threaded(), ProcessPoolExecutor(processes, spawn, _leave_with_parent) as pool:
@@ -50,7 +52,7 @@ def on_cores(processes: int) -> Iterator[Executor]:
 
 
 @contextlib.contextmanager
-def on_cluster(address: str) -> Iterator[Executor]:
+def on_cluster(address: str) -> Iterator["Executor"]:
     """The workers of a Dask cluster, through its `concurrent.futures` interface; a lost worker's items start again."""
     distributed = require("distributed", "cluster")
     with distributed.Client(address, set_as_default=False) as client:
@@ -69,6 +71,9 @@ def answer(part: "Run", function: Function, item: Any) -> bytes:
 
 def answer_apart(part: "Run", function: Function, item: Any) -> bytes:
     """On a worker of a cluster, whose own process has many threads: in a process and a scratch folder of its own."""
+    import subprocess
+    import tempfile
+
     wanted = still_wanted()
     with tempfile.TemporaryDirectory(prefix="locally-", ignore_cleanup_errors=True) as scratch:
         part.scratch = Path(scratch)
@@ -130,10 +135,12 @@ def _portable(error: Exception) -> Exception:
 
 
 def _end_unwanted(process: "subprocess.Popen[bytes]", wanted: Callable[[], bool]) -> None:
+    from subprocess import TimeoutExpired
+
     while process.poll() is None:
         if not wanted():
             process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        with contextlib.suppress(TimeoutExpired):
             process.wait(POLL)
 
 

@@ -76,16 +76,24 @@ class Cluster:
                 open_one.close()
 
     def run(
-        self, jobs: Sequence[tuple[Job, Sequence[Claim]]], on_progress: Callable[[Progress], None] = lambda _: None
+        self,
+        jobs: Sequence[tuple[Job, Sequence[Claim]]],
+        on_progress: Callable[[Progress], None] = lambda _: None,
+        interrupted: Event | None = None,
     ) -> Generator[Evidence]:
         """Run all jobs and yield the evidence of each once, as it ends.
 
         Leaving the iterator early stops what runs on the cluster.
+
+        Raises:
+            KeyboardInterrupt: `interrupted` was set.
         """
         self._on_progress = on_progress
         under_way = [self._send(job, claims) for job, claims in jobs]
         try:
             while under_way:
+                if interrupted is not None and interrupted.is_set():
+                    raise KeyboardInterrupt
                 ended = next((w for w in under_way if w.future.status != "pending"), None)
                 if ended is None:
                     time.sleep(POLL)

@@ -108,10 +108,14 @@ def run_jobs(
     *,
     at_once: int = 1,
     on_progress: Callable[[Progress], None] = lambda _: None,
+    interrupted: threading.Event | None = None,
 ) -> Generator[Evidence]:
     """Run all jobs, `at_once` at a time with the cores shared out among them, and yield each as it ends.
 
-    Leaving the iterator early (an exception, Ctrl-C) stops what runs and starts nothing more.
+    Leaving the iterator early stops what runs and starts nothing more.
+
+    Raises:
+        KeyboardInterrupt: `interrupted` was set.
     """
     stop = threading.Event()
     threads = max(1, (os.cpu_count() or 1) // at_once)
@@ -121,6 +125,8 @@ def run_jobs(
             pool.submit(execute, replace(job, threads=threads), claims, on_progress, stop) for job, claims in jobs
         }
         while pending:
+            if interrupted is not None and interrupted.is_set():
+                raise KeyboardInterrupt
             # a short wait, so that Ctrl-C is seen at once
             done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
             for future in done:
