@@ -6,12 +6,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from locally import catalogue
 from locally.evidence import Outcome, Scale, Status
-from locally.page.runner import code_version, execute, git_revision, run_jobs
+from locally.page.runner import code_version, execute, git_revision, run_jobs, working_folder
 from locally.page.worker import Job
 
 
@@ -171,6 +172,59 @@ def test_leaving_early_stops_what_runs(add_paper):
     for _ in run_jobs(work, at_once=2):
         break
     assert time.monotonic() - begin < 60
+
+
+LONG = """
+import pathlib, time
+done = pathlib.Path({folder!r})
+def item(run, seed):
+    if seed == 2 and not (done / "go").exists(): time.sleep(600)
+    with open(done / "log", "a") as log: log.write(f"{{seed}} ")
+    run.record("ours", "error", 0.1 * seed, seed=seed)
+    return seed
+def experiment(run):
+    first = run.parallel(item, run.seeds, "seeds")
+    run.record("ours", "sum", sum(first))
+"""
+
+
+def test_a_full_size_study_goes_on_where_it_was_stopped(add_paper, tmp_path, home):
+    add_paper("long", LONG.format(folder=str(tmp_path)))
+    job = Job("long", Scale.PAPER, (0, 1, 2, 3))
+    stop = threading.Event()
+
+    def stop_at_the_third():
+        while not (tmp_path / "log").exists() or (tmp_path / "log").read_text() != "0 1 ":
+            time.sleep(0.05)
+        time.sleep(0.5)
+        stop.set()
+
+    threading.Thread(target=stop_at_the_third, daemon=True).start()
+    assert execute(job, (), stop=stop).status is Status.CANCELLED
+    (left,) = (home / "unfinished").glob("long-*-*")
+    assert len(list((left / "items").iterdir())) == 2
+    (tmp_path / "go").touch()
+    evidence = execute(job, ())
+    assert evidence.status is Status.FINISHED, evidence.log
+    assert (tmp_path / "log").read_text() == "0 1 2 3 "
+    assert [m.value for m in evidence.measures] == pytest.approx([0.0, 0.1, 0.2, 0.3, 6.0])
+    assert not left.exists()
+
+
+def test_what_another_code_has_left_is_not_taken_up(add_paper, tmp_path, home, monkeypatch):
+    add_paper("long", LONG.format(folder=str(tmp_path)))
+    job = Job("long", Scale.PAPER, (0, 1))
+    with monkeypatch.context() as other_code:
+        other_code.setattr("locally.page.runner.code_version", lambda: "0.0.1+other")
+        with working_folder(job) as folder:
+            (folder / "items").mkdir()
+    with working_folder(job) as other, working_folder(job) as third:
+        assert not folder.exists()
+        assert (home / "unfinished") in other.parents
+        assert (home / "unfinished") not in third.parents  # two at once do not share a folder
+    with working_folder(replace(job, scale=Scale.QUICK)) as fleeting:
+        assert (home / "unfinished") not in fleeting.parents
+    assert not fleeting.exists()
 
 
 def test_the_worker_goes_when_its_parent_goes(add_paper, tmp_path):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from locally.errors import UsageError
 from locally.evidence import elsewhere
 from locally.evidence.claims import Measure, Scale, Status, Verdict
+from locally.evidence.kept import Kept
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as MatplotlibFigure
@@ -99,6 +100,7 @@ class Run:
         device: a torch device name; experiments place their tensors there.
         scratch: a folder that is thrown away after the run.
         data: folder with the user's own data sets, for studies that need them.
+        keep: a folder of this run's own that outlives a kill: finished items of `parallel` are found there again.
         on_progress: called with (fraction done in [0, 1], label).
     """
 
@@ -110,6 +112,7 @@ class Run:
         device: str = "cpu",
         scratch: Path | None = None,
         data: Path | None = None,
+        keep: Path | None = None,
         on_progress: Callable[[float, str], None] | None = None,
     ) -> None:
         if not seeds or len(set(seeds)) != len(seeds):
@@ -121,6 +124,7 @@ class Run:
         self.data_folder = data
         self.measures: list[Measure] = []
         self.figures: list[Figure] = []
+        self._keep, self._calls = keep, 0
         self._on_progress = on_progress
         self._levels: list[tuple[int, int]] = []  # (done, total) of each open `track`, outermost first
 
@@ -164,23 +168,32 @@ class Run:
         machine. No process is started on a GPU, where there is one core, and for a paper in a folder of its own, whose
         module no other process could import.
         """
-        place = self._place(function, len(items))
+        kept = Kept(self._keep, self._calls)
+        self._calls += 1
+        answers: dict[int, tuple[Run, R]] = dict(kept.found(len(items)))
+        left = {i: item for i, item in enumerate(items) if i not in answers}
+        place = self._place(function, len(left))
         done = self._in_turn if place is None else partial(self._side_by_side, *place)
-        results = []
-        for part, result in done(function, items, label):
-            self.measures.extend(part.measures)
-            self.figures.extend(part.figures)
-            results.append(result)
-        return results
+        for index, answer in done(function, left, label):
+            answers[index] = answer
+            kept.put(index, answer)
+        for index in range(len(items)):
+            self.measures.extend(answers[index][0].measures)
+            self.figures.extend(answers[index][0].figures)
+        return [answers[index][1] for index in range(len(items))]
 
     def _part(self) -> "Run":
         return Run(scale=self.scale, seeds=self.seeds, device=self.device, scratch=self.scratch, data=self.data_folder)
 
-    def _in_turn(self, function: Callable[["Run", T], R], items: Sequence[T], label: str) -> Iterator[tuple["Run", R]]:
-        for item in self.track(items, label):
+    def _in_turn(
+        self, function: Callable[["Run", T], R], items: Mapping[int, T], label: str
+    ) -> Iterator[tuple[int, tuple["Run", R]]]:
+        for index, item in self.track(items.items(), label):
             part = self._part()
             part._on_progress, part._levels = self._on_progress, self._levels
-            yield part, function(part, item)
+            result = function(part, item)
+            part._on_progress, part._levels = None, []
+            yield index, (part, result)
 
     def _place(self, function: Callable[..., Any], items: int) -> tuple[Any, Callable[..., bytes]] | None:
         """Where items go side by side and how one is asked for there; None for here, one after another."""
@@ -193,17 +206,20 @@ class Run:
         return (elsewhere.on_cores(processes), elsewhere.answer) if processes > 1 else None
 
     def _side_by_side(
-        self, place: Any, ask: Callable[..., bytes], function: Callable[["Run", T], R], items: Sequence[T], label: str
-    ) -> Iterator[tuple["Run", R]]:
+        self,
+        place: Any,
+        ask: Callable[..., bytes],
+        function: Callable[["Run", T], R],
+        items: Mapping[int, T],
+        label: str,
+    ) -> Iterator[tuple[int, tuple["Run", R]]]:
         import pickle
         from concurrent.futures import as_completed
 
         with place as pool:
-            futures = [pool.submit(ask, self._part(), function, item) for item in items]
-            for future in self.track(as_completed(futures), label, len(items)):
-                future.result()
-        for future in futures:
-            yield pickle.loads(future.result())  # made by `answer` in our own process, never read from outside
+            futures = {pool.submit(ask, self._part(), function, item): index for index, item in items.items()}
+            for future in self.track(as_completed(futures), label, len(futures)):
+                yield futures[future], pickle.loads(future.result())  # made by `answer`, never read from outside
 
     def _report(self, label: str) -> None:
         if self._on_progress is None:

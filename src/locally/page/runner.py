@@ -8,13 +8,14 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -24,10 +25,12 @@ from types import MappingProxyType
 from typing import IO, Any
 
 import psutil
+from filelock import FileLock, Timeout
 
 import locally
 from locally.evidence import Claim, Evidence, Figure, Measure, Outcome, Scale, Status, Verdict, judge
 from locally.evidence.elsewhere import THREAD_VARIABLES
+from locally.home import home
 from locally.page.worker import Job
 
 TIME_LIMITS = {Scale.QUICK: 120.0, Scale.DEFAULT: 600.0, Scale.PAPER: 7 * 86400.0}  # seconds
@@ -36,6 +39,7 @@ MEMORY_SHARE = 0.8  # of the machine, where no limit is given
 POLL = 0.1  # seconds
 LOG_LIMIT = 200_000  # characters kept, from the end
 LOG_TAIL = 4_000  # bytes shown while a run goes on
+FINISHED = "finished"  # file that says that nothing of an experiment's folder is needed any more
 
 
 @dataclass(frozen=True)
@@ -65,12 +69,13 @@ def execute(
     status, peak, result, log = Status.CRASHED, 0.0, dict[str, Any](), ""
     figures: tuple[Figure, ...] = ()
     try:
-        with tempfile.TemporaryDirectory(prefix="locally-", ignore_cleanup_errors=True) as name:
-            folder = Path(name)
+        with working_folder(job) as folder:
             status, peak, code = _run_worker(job, folder, on_progress, stop or threading.Event(), on_log, variables)
             log = (folder / "log").read_text(encoding="utf-8", errors="replace")[-LOG_LIMIT:]
             result, reason = _read_result(folder, log)
             figures = _figures(folder, result)
+            if status is Status.FINISHED and result and not result["error"]:
+                (folder / FINISHED).touch()
         if status is Status.FINISHED and not result:
             status, reason = Status.CRASHED, reason or _how_it_died(code)
         elif status is Status.FINISHED and result["error"]:
@@ -134,6 +139,47 @@ def run_jobs(
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def working_folder(job: Job) -> Iterator[Path]:
+    """Where an experiment works, thrown away after it; that of a full-size study stays until the study has finished.
+
+    What the study keeps there, checkpoints and finished items, is found again by the next attempt at the same job with
+    the same code. Leftovers of other code are removed then.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = _lasting_folder(job, stack) if job.scale is Scale.PAPER else None
+        if folder is None:
+            fleeting = tempfile.TemporaryDirectory(prefix="locally-", ignore_cleanup_errors=True)
+            yield Path(stack.enter_context(fleeting))
+            return
+        yield folder
+        if (folder / FINISHED).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _lasting_folder(job: Job, stack: contextlib.ExitStack) -> Path | None:
+    """None while another process is at the same study."""
+    same_result = replace(job, threads=1, time_limit=0.0, memory_limit=0.0).to_json()
+    name = f"{job.slug}-{_digest(same_result)}"
+    place = home() / "unfinished"
+    place.mkdir(exist_ok=True)
+    try:
+        stack.enter_context(FileLock(place / f"{name}.lock", timeout=0))
+    except Timeout:
+        return None
+    folder = place / f"{name}-{_digest(code_version())}"
+    for leftover in place.glob(f"{name}-*"):
+        if leftover != folder:
+            shutil.rmtree(leftover, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    (folder / "result.json").unlink(missing_ok=True)
+    return folder
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _run_worker(

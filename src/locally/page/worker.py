@@ -70,6 +70,7 @@ def main() -> None:
         device=job.device,
         scratch=folder,
         data=Path(job.data) if job.data else None,
+        keep=folder / "items" if job.scale is Scale.PAPER else None,
         on_progress=progress,
     )
     error, status = "", Status.FINISHED
