@@ -6,11 +6,9 @@ Full size: MNIST and CIFAR-10 from the user's folder, with the paper's networks 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from time import perf_counter
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint_sequential
 
@@ -18,19 +16,17 @@ from locally.evidence import MissingData, Run
 from locally.training.auxiliary_networks import AugLocal
 from locally.training.local_learning import (
     DGL,
-    Chain,
     InfoPro,
     LinearHeads,
     LocalLearner,
     PredSim,
     Rule,
     Trainer,
+    Trial,
     cifar_resnet,
     epoch_cosine,
     measure_memory,
-    residual_network,
     saved_peak,
-    warm_cosine,
 )
 from locally.training.local_learning.images import (
     CIFAR_MEAN,
@@ -80,7 +76,7 @@ def experiment(run: Run) -> None:
     record_memory(run, run.pick(quick=COMPARED, default=everything, paper=everything))
     studies = run.pick(
         quick=[Study(SINGLE, (BP, SHALLOW), pairs=0, epochs=1, batch=64)],
-        default=[Study(PAIRS, COMPARED, pairs=4000, epochs=8, batch=128)],
+        default=[Study(PAIRS, COMPARED, pairs=4000, epochs=6, batch=128)],
         paper=[
             Study(SINGLE, everything, pairs=0, epochs=15, batch=64),
             Study(PAIRS, everything, pairs=4000, epochs=8, batch=128),
@@ -100,31 +96,16 @@ def experiment(run: Run) -> None:
 # Digits ---------------------------------------------------------------------------------------------------------------
 
 
-def small_network(seed: int) -> Chain:
-    """Ten stages: a convolution and nine residual blocks of 8, 16 and 32 channels."""
-    generator = torch.Generator().manual_seed(seed)
-    return residual_network([3] * 3, [8, 16, 32], in_channels=1, generator=generator)
-
-
-def learner_for(method: str, net: nn.Module, example: Tensor, seed: int) -> LocalLearner:
-    generator = torch.Generator().manual_seed(1000 + seed)
-    cuts = 1 if method == BP else None
-    return LocalLearner(net, RULES[method], example=example[:2], classes=10, cuts=cuts, generator=generator)
+def trial(method: str, seed: int) -> Trial:
+    return Trial(RULES[method], seed=seed, whole=method == BP)
 
 
 def train_digits(run: Run, item: tuple[Study, str, int]) -> float:
     """Accuracy on the test set after training one method on one seed."""
     study, method, seed = item
     data = study.images().to(run.device)
-    x, x_test = (part.contiguous(memory_format=torch.channels_last) for part in (data.x, data.x_test))
-    net = small_network(seed).to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    learner = learner_for(method, net, x, seed)
-    trainer = Trainer(epochs=study.epochs, batch_size=study.batch, schedule=warm_cosine(0.1), seed=seed)
-    start = perf_counter()
-    trainer.fit(learner, x, data.y)
-    steps = study.epochs * (len(x) // study.batch)
-    run.record(method, "milliseconds per step", 1e3 * (perf_counter() - start) / steps, seed=seed, task=study.task)
-    accuracy = learner.accuracy(x_test, data.y_test)
+    accuracy, seconds = trial(method, seed).train(data, epochs=study.epochs, batch=study.batch)
+    run.record(method, "milliseconds per step", 1e3 * seconds, seed=seed, task=study.task)
     run.record(method, f"accuracy, {study.task}", accuracy, seed=seed)
     return accuracy
 
@@ -144,9 +125,10 @@ def record_memory(run: Run, methods: tuple[str, ...]) -> None:
     data = digit_pair_sums(32, 1).to(run.device)
     peaks = {}
     for method in methods:
-        learner = learner_for(method, small_network(0).to(run.device), data.x, 0)
+        fresh = trial(method, 0)
+        learner = fresh.learner(fresh.network().to(run.device), data.x)
         peaks[method] = measure_memory(learner, data.x, data.y).saved_peak
-    net = small_network(0).to(run.device)
+    net = trial(BP, 0).network().to(run.device)
     x = data.x.clone().requires_grad_()  # re-entrant checkpoints need an input with a gradient
 
     def checkpointed() -> None:
@@ -202,7 +184,7 @@ def mnist(run: Run, epochs: int = 15, depth: int = 20) -> None:
     for seed in run.track(run.seeds, "MNIST"):
         for method in run.track((BP, "DGL", SHALLOW), "methods"):
             net = cifar_resnet(depth, in_channels=1, generator=torch.Generator().manual_seed(seed)).to(run.device)
-            learner = learner_for(method, net, data.x, seed)
+            learner = trial(method, seed).learner(net, data.x)
             batch = min(128, len(data.x))
             Trainer(epochs=epochs, batch_size=batch, seed=seed).fit(learner, data.x, data.y)
             run.record(method, "test accuracy, MNIST", learner.accuracy(data.x_test, data.y_test), seed=seed)

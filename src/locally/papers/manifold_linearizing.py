@@ -66,8 +66,12 @@ class Outcome:
 
 
 def experiment(run: Run) -> None:
-    full = Study(tcr=400, mlc=400, batch=300, nmce=100, pursuit=True)
-    digits(run, run.pick(quick=Study(tcr=60, mlc=50, batch=256, nmce=0, pursuit=False), default=full, paper=full))
+    studies = {
+        "quick": Study(tcr=60, mlc=50, batch=256, nmce=0, pursuit=False),
+        "default": Study(tcr=300, mlc=300, batch=300, nmce=100, pursuit=True),
+        "paper": Study(tcr=400, mlc=400, batch=300, nmce=100, pursuit=True),
+    }
+    digits(run, run.pick(**studies))
     plane(run)
     if run.scale == "paper":
         full_size(run)

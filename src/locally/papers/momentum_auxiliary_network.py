@@ -6,27 +6,23 @@ CIFAR-10 from the user's folder with the paper's networks and settings.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from time import perf_counter
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from locally.evidence import Run
 from locally.training.local_learning import (
     DGL,
-    Chain,
     InfoPro,
     LinearHeads,
     LocalLearner,
     PredSim,
     Rule,
     Trainer,
+    Trial,
     cifar_resnet,
     epoch_cosine,
     measure_memory,
-    residual_network,
-    warm_cosine,
 )
 from locally.training.local_learning.images import (
     CIFAR_MEAN,
@@ -72,7 +68,7 @@ def experiment(run: Run) -> None:
     record_memory(run, run.pick(quick=(BP, PLAIN, BRANCH_ONLY, MAN), default=everything, paper=everything))
     studies = run.pick(
         quick=[Study(8, (PLAIN, MAN), epochs=1)],
-        default=[Study(16, (PLAIN, BRANCH_ONLY, MAN), epochs=8)],
+        default=[Study(16, (PLAIN, BRANCH_ONLY, MAN), epochs=7)],
         paper=[Study(16, everything, epochs=8), Study(8, everything, epochs=15)],
     )
     for study in studies:
@@ -88,31 +84,16 @@ def experiment(run: Run) -> None:
 # Digits ---------------------------------------------------------------------------------------------------------------
 
 
-def small_network(seed: int) -> Chain:
-    """Ten stages: a convolution and nine residual blocks of 8, 16 and 32 channels."""
-    generator = torch.Generator().manual_seed(seed)
-    return residual_network([3] * 3, [8, 16, 32], in_channels=1, generator=generator)
-
-
-def learner_for(method: str, net: nn.Module, example: Tensor, seed: int) -> LocalLearner:
-    generator = torch.Generator().manual_seed(1000 + seed)
-    cuts = 1 if method == BP else None
-    return LocalLearner(net, RULES[method], example=example[:2], classes=10, cuts=cuts, generator=generator)
+def trial(method: str, seed: int) -> Trial:
+    return Trial(RULES[method], seed=seed, whole=method == BP)
 
 
 def train_digits(run: Run, item: tuple[Study, str, int]) -> float:
     """Accuracy on the test set after training one method on one seed."""
     study, method, seed = item
     data = digits(size=study.size).to(run.device)
-    x, x_test = (part.contiguous(memory_format=torch.channels_last) for part in (data.x, data.x_test))
-    net = small_network(seed).to(run.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    learner = learner_for(method, net, x, seed)
-    trainer = Trainer(epochs=study.epochs, batch_size=64, schedule=warm_cosine(0.1), seed=seed)
-    start = perf_counter()
-    trainer.fit(learner, x, data.y)
-    steps = study.epochs * (len(x) // 64)
-    run.record(method, "milliseconds per step", 1e3 * (perf_counter() - start) / steps, seed=seed, task=study.task)
-    accuracy = learner.accuracy(x_test, data.y_test)
+    accuracy, seconds = trial(method, seed).train(data, epochs=study.epochs, batch=64)
+    run.record(method, "milliseconds per step", 1e3 * seconds, seed=seed, task=study.task)
     run.record(method, f"accuracy, {study.task}", accuracy, seed=seed)
     return accuracy
 
@@ -133,7 +114,8 @@ def record_memory(run: Run, methods: tuple[str, ...]) -> None:
         data = digits(size=size).to(run.device)
         peaks = {}
         for method in methods:
-            learner = learner_for(method, small_network(0).to(run.device), data.x, 0)
+            fresh = trial(method, 0)
+            learner = fresh.learner(fresh.network().to(run.device), data.x)
             peaks[method] = measure_memory(learner, data.x[:32], data.y[:32]).saved_peak
         for method, peak in peaks.items():
             run.record(method, "peak of saved activations, MiB", peak / 2**20, size=size)

@@ -16,6 +16,7 @@ from locally.training.local_learning.networks import (
 )
 from locally.training.local_learning.rules import DGL, InfoPro, LinearHeads, PredSim, similarity_matrix
 from locally.training.local_learning.trainer import History, Status, Trainer, epoch_cosine, warm_cosine
+from locally.training.local_learning.trial import Trial
 
 __all__ = [
     "DGL",
@@ -36,6 +37,7 @@ __all__ = [
     "Stage",
     "Status",
     "Trainer",
+    "Trial",
     "cifar_resnet",
     "epoch_cosine",
     "imagenet_resnet",
