@@ -13,12 +13,12 @@ from numpy import ndarray
 from locally.checks import check_between, check_choice, check_count
 from locally.control.dynamic_programming import EpisodicSolution, occupancy_measures, solve_episodic
 from locally.control.environments.episodic import random_episodic_linear_mdp
-from locally.control.environments.processes import EpisodicMDP
-from locally.control.validity import check_kernel, check_unit_ball, check_unit_interval
+from locally.control.environments.processes import EpisodicMDP, LayeredProcess
+from locally.control.validity import check_unit_ball, check_unit_interval
 
 
 @dataclass(frozen=True, eq=False)
-class AdversarialMDP:
+class AdversarialMDP(LayeredProcess):
     """K episodes of H layers with losses in [0, 1]; smaller is better.
 
     Args:
@@ -42,29 +42,14 @@ class AdversarialMDP:
     start: Float[ndarray, " S"] = field(default=None)  # type: ignore[arg-type]
 
     def __post_init__(self) -> None:
-        if self.start is None:
-            object.__setattr__(self, "start", np.eye(self.n_states)[0])
-        check_kernel("P", self.P)
+        self._check_dynamics()
         check_unit_ball("features", self.features)
-        check_kernel("start", self.start)
         for block in np.array_split(self.thetas, max(1, len(self.thetas) // 4096)):
             check_unit_interval("losses features . thetas", np.einsum("hsad,khd->khsa", self.features, block))
 
     @property
     def n_episodes(self) -> int:
         return self.thetas.shape[0]
-
-    @property
-    def horizon(self) -> int:
-        return self.P.shape[0]
-
-    @property
-    def n_states(self) -> int:
-        return self.P.shape[1]
-
-    @property
-    def n_actions(self) -> int:
-        return self.P.shape[2]
 
     def losses(self, k: int) -> Float[ndarray, "H S A"]:
         """Mean losses of episode k."""

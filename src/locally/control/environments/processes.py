@@ -21,8 +21,38 @@ from locally.control.validity import TOLERANCE, check_kernel, check_unit_ball, c
 RewardNoise = Literal["bernoulli", "none"]
 
 
+class FiniteProcess:
+    """What finite processes share: P[..., s, a, s'] and the distribution of the first state."""
+
+    P: Float[ndarray, "*layers S A S"]
+    start: Float[ndarray, " S"]
+
+    @property
+    def n_states(self) -> int:
+        return self.P.shape[-1]
+
+    @property
+    def n_actions(self) -> int:
+        return self.P.shape[-2]
+
+    def _check_dynamics(self) -> None:
+        """Transitions and start are distributions; a start that was left out is state 0."""
+        if self.start is None:
+            object.__setattr__(self, "start", np.eye(self.n_states)[0])
+        check_kernel("P", self.P)
+        check_kernel("start", self.start)
+
+
+class LayeredProcess(FiniteProcess):
+    """P[h, s, a, s'], one kernel a layer."""
+
+    @property
+    def horizon(self) -> int:
+        return self.P.shape[0]
+
+
 @dataclass(frozen=True, eq=False)
-class ContinuingMDP:
+class ContinuingMDP(FiniteProcess):
     """Never resets; judged by its average reward.
 
     Args:
@@ -49,24 +79,13 @@ class ContinuingMDP:
     noise: RewardNoise = "bernoulli"
 
     def __post_init__(self) -> None:
-        if self.start is None:
-            object.__setattr__(self, "start", np.eye(self.n_states)[0])
-        check_kernel("P", self.P)
+        self._check_dynamics()
         check_unit_interval("R", self.R)
-        check_kernel("start", self.start)
         check_choice("noise", self.noise, ("bernoulli", "none"))
         if self.features is not None:
             check_unit_ball("features", self.features)
         if self.mixture is not None:
             check_kernel("mixture, its last axis moved to the front,", np.moveaxis(self.mixture, -1, 0))
-
-    @property
-    def n_states(self) -> int:
-        return self.P.shape[0]
-
-    @property
-    def n_actions(self) -> int:
-        return self.P.shape[1]
 
     @cached_property
     def cumulative(self) -> Float[ndarray, "S A S"]:
@@ -83,7 +102,7 @@ class ContinuingMDP:
 
 
 @dataclass(frozen=True, eq=False)
-class EpisodicMDP:
+class EpisodicMDP(LayeredProcess):
     """H layers, then a new start. Arrays as in `locally.control.dynamic_programming`.
 
     Args:
@@ -110,11 +129,8 @@ class EpisodicMDP:
     noise: RewardNoise = "bernoulli"
 
     def __post_init__(self) -> None:
-        if self.start is None:
-            object.__setattr__(self, "start", np.eye(self.n_states)[0])
-        check_kernel("P", self.P)
+        self._check_dynamics()
         check_unit_interval("R", self.R)
-        check_kernel("start", self.start)
         check_choice("noise", self.noise, ("bernoulli", "none"))
         if self.features is not None:
             check_unit_ball("features", self.features)
@@ -122,18 +138,6 @@ class EpisodicMDP:
             gap = np.abs(np.einsum("hsad,hdt->hsat", self.features, self.measures) - self.P).max()
             if gap > TOLERANCE:
                 raise ValueError(f"P must be features @ measures, but they differ by up to {gap:.3g}")
-
-    @property
-    def horizon(self) -> int:
-        return self.P.shape[0]
-
-    @property
-    def n_states(self) -> int:
-        return self.P.shape[1]
-
-    @property
-    def n_actions(self) -> int:
-        return self.P.shape[2]
 
     @cached_property
     def cumulative(self) -> Float[ndarray, "H S A S"]:
