@@ -15,7 +15,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy.sparse.linalg import LinearOperator
 
-from locally.checks import check_between, check_choice, check_count, check_finite, check_positive, check_shape
+from locally.checks import check_between, check_choice, check_count, check_positive
 from locally.linalg.sketching import Kaczmarz, Sketch
 from locally.optimize.constrained.inner import SKETCHES, Accuracy, InnerSolve, named_sketch
 from locally.optimize.constrained.kkt import NewtonSystem, newton_system
@@ -157,12 +157,7 @@ class AdaSketchNewton:
             ValueError: x0 or lam0 has the wrong length or holds NaN or infinity, or a function returns a wrong shape.
             TypeError: Kaczmarz was chosen for derivatives that are operators.
         """
-        check_shape("x0", x0, (problem.n,))
-        check_finite("x0", x0)
-        lam = np.zeros(problem.m) if lam0 is None else np.array(lam0, dtype=float)
-        check_shape("lam0", lam, (problem.m,))
-        check_finite("lam0", lam)
-        return _Solve(self, problem, callback).run(np.array(x0, dtype=float), lam)
+        return _Solve(self, problem, callback).run(*problem.checked_start(x0, lam0))
 
     def forcing(self, k: int, kkt: float) -> float:
         """theta_k."""

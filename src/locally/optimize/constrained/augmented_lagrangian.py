@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy.sparse.linalg import gmres
 
-from locally.checks import check_count, check_finite, check_positive, check_shape
+from locally.checks import check_count, check_positive
 from locally.optimize.constrained.kkt import add_identity, smallest_eigenvalue
 from locally.optimize.constrained.outcome import Solution, Status
 from locally.optimize.constrained.problem import EqualityProblem, Evaluator, NotFiniteError, Point, add
@@ -70,12 +70,7 @@ class AugmentedLagrangian:
         >>> AugmentedLagrangian().solve(test.problem, test.x0).success
         True
         """
-        check_shape("x0", x0, (problem.n,))
-        check_finite("x0", x0)
-        lam = np.zeros(problem.m) if lam0 is None else np.array(lam0, dtype=float)
-        check_shape("lam0", lam, (problem.m,))
-        check_finite("lam0", lam)
-        return _Solve(self, problem).run(np.array(x0, dtype=float), lam)
+        return _Solve(self, problem).run(*problem.checked_start(x0, lam0))
 
 
 @dataclass(eq=False)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from numpy import ndarray
 from scipy.sparse.linalg import LinearOperator
 
-from locally.checks import check_count
+from locally.checks import check_count, check_finite, check_shape
 
 Matrix: TypeAlias = ndarray | sp.sparray | sp.spmatrix | LinearOperator
 
@@ -45,6 +45,21 @@ class EqualityProblem:
         check_count("m", self.m, at_least=0)
         if self.m > self.n:
             raise ValueError(f"there must be no more constraints than unknowns, got m = {self.m} and n = {self.n}")
+
+    def checked_start(
+        self, x0: Float[ndarray, " n"], lam0: Float[ndarray, " m"] | None
+    ) -> tuple[Float[ndarray, " n"], Float[ndarray, " m"]]:
+        """Copies of a starting point and its multipliers, 0 unless given.
+
+        Raises:
+            ValueError: x0 or lam0 has the wrong length or holds NaN or infinity.
+        """
+        check_shape("x0", x0, (self.n,))
+        check_finite("x0", x0)
+        lam = np.zeros(self.m) if lam0 is None else np.array(lam0, dtype=float)
+        check_shape("lam0", lam, (self.m,))
+        check_finite("lam0", lam)
+        return np.array(x0, dtype=float), lam
 
 
 def stack(blocks: list[Matrix], n: int) -> Matrix:
