@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: setup run test check bench page evidence browser clean
+.PHONY: setup run test check bench page evidence programs clean
 
 setup: .venv/ready
 
@@ -13,7 +13,7 @@ setup: .venv/ready
 	@$(PYTHON) -c 'import sys; sys.exit("Locally needs Python 3.11 or newer; name one with PYTHON=..." if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv --clear .venv
 	@echo "Installing into .venv; the first time this takes a few minutes"
-	@$(PIP) install --constraint constraints.txt --editable ".[cluster,dev,llm,page,privacy]"
+	@$(PIP) install --constraint constraints.txt --editable ".[cluster,dev,llm,page,postgres,privacy]"
 	@touch $@
 
 .venv/ready-bench: .venv/ready
@@ -23,7 +23,7 @@ setup: .venv/ready
 run: .venv/ready  ## run every paper at quick scale on embedded input and write report/index.html
 	@$(BIN)/locally run --all --scale quick --jobs $(JOBS) --output report || test $$? -eq 1
 
-test: check browser  ## lint, type-check, and run the whole suite
+test: check programs  ## lint, type-check, and run the whole suite
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 check: .venv/ready  ## ruff and mypy
@@ -37,16 +37,17 @@ bench: .venv/ready-bench  ## ratios to the peers; ONLY=halpern for one
 page: .venv/ready  ## serve the page and open it: read, search and run the papers in a browser
 	$(BIN)/locally serve --open
 
-evidence: .venv/ready browser  ## run at default scale (PAPERS="halpern loop" for some); regenerate README's table, picture
+evidence: .venv/ready programs  ## run at default scale (PAPERS="halpern loop" for some); regenerate README's table, picture
 	$(BIN)/locally run $(or $(PAPERS),--all) --scale default --json >> docs/evidence.jsonl || test $$? -eq 1
 	$(BIN)/python -m docs.readme
 
-# the browser tests drive Debian's Chromium; elsewhere, without root, they are skipped and say so
-browser:
-	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+# the browser tests drive Debian's Chromium, those of the store a PostgreSQL server; elsewhere, without root, they are
+# skipped and say so
+programs:
+	@{ command -v chromium || command -v google-chrome; } >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
 	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium fonts-dejavu-core >/dev/null; } || \
-	  echo "Chromium is missing and cannot be installed here: the browser tests will be skipped"
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium fonts-dejavu-core postgresql >/dev/null; } || \
+	  echo "Chromium or PostgreSQL is missing and cannot be installed here: their tests will be skipped"
 
 clean:
 	rm -rf .venv report
