@@ -33,6 +33,7 @@ check: .venv/ready  ## ruff and mypy
 
 bench: .venv/ready-bench  ## ratios to the peers; ONLY=halpern for one
 	$(BIN)/python -m benchmarks $(ONLY)
+	$(BIN)/python -m benchmarks.table
 
 page: .venv/ready  ## serve the page and open it: read, search and run the papers in a browser
 	$(BIN)/locally serve --open

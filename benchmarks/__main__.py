@@ -1,6 +1,9 @@
 """Run the benchmarks, print their ratios, write one JSON file each under `benchmarks/results/`.
 
 python -m benchmarks [WORD ...]     only those whose module name contains one of the words
+
+A ratio that is worse than the stored one by more than both spreads is flagged. `python -m benchmarks.table` makes the
+documentation's tables and curves of what is stored.
 """
 
 import importlib
@@ -8,8 +11,12 @@ import json
 import os
 import platform
 import sys
+import traceback
 from importlib.metadata import distributions
 from pathlib import Path
+
+from benchmarks.harness import Comparison
+from benchmarks.table import comparisons
 
 HERE = Path(__file__).parent
 PEERS = ("torch", "numpy", "scipy", "scikit-learn", "numba", "pyamg", "captum", "cvxpy", "dp-accounting")
@@ -25,20 +32,38 @@ def main(words: list[str]) -> None:
         )
     versions = {d.metadata["Name"]: d.version for d in distributions() if d.metadata["Name"] in PEERS}
     (HERE / "results").mkdir(exist_ok=True)
+    failed: list[str] = []
     for module in chosen:
         name = module.rsplit("bench_", 1)[1]
         print(f"\n{name}")
-        comparisons = importlib.import_module(module).main()
-        for comparison in comparisons:
-            print(f"  {comparison}", flush=True)
+        try:
+            found = importlib.import_module(module).main()
+        except Exception:  # the other benchmarks have a right to their turn
+            traceback.print_exc()
+            failed.append(name)
+            continue
+        stored = before(name)
+        for comparison in found:
+            last = stored.get((comparison.name, comparison.quantity, comparison.peer))
+            worse = last is not None and comparison.worse_than(last)
+            print(f"  {comparison}{f'  WORSE than the stored {last.ratio:.3g}' if worse else ''}", flush=True)
         result = {
             "benchmark": name,
             "python": platform.python_version(),
             "cores": os.cpu_count(),
             "versions": versions,
-            "comparisons": [c.to_dict() for c in comparisons],
+            "comparisons": [c.to_dict() for c in found],
         }
         (HERE / "results" / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if failed:
+        sys.exit(f"these did not end: {', '.join(failed)}")
+
+
+def before(name: str) -> dict[tuple[str, str, str], Comparison]:
+    """What the last stored run of a benchmark found."""
+    path = HERE / "results" / f"{name}.json"
+    found = comparisons(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
+    return {(c.name, c.quantity, c.peer): c for c in found}
 
 
 if __name__ == "__main__":

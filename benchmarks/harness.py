@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+HIGHER_IS_BETTER = ("nDCG", "a second", "that agree", "accuracy", "score")  # in the name of a quantity
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -29,6 +31,19 @@ class Comparison:
     ours: str
     peer: str = ""
     detail: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def higher_is_better(self) -> bool:
+        return any(word in self.quantity for word in HIGHER_IS_BETTER)
+
+    @property
+    def peer_wins(self) -> bool:
+        """The whole spread is on the peer's side."""
+        return bool(self.peer) and (self.high < 1 if self.higher_is_better else self.low > 1)
+
+    def worse_than(self, stored: "Comparison") -> bool:
+        """By more than both spreads."""
+        return self.high < stored.low if self.higher_is_better else self.low > stored.high
 
     def __str__(self) -> str:
         spread = f" ({self.low:.3g} .. {self.high:.3g})" if self.low != self.high else ""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.table import PAGE, page, results
 from docs.readme import BEGIN, CLAIMS, END, stored_runs, summary, table
 from locally import catalogue
 
@@ -25,6 +26,10 @@ def test_the_tables_are_generated_from_cards_and_runs():
     papers, runs = catalogue.load([catalogue.BUILT_IN]), stored_runs()
     assert README.split(BEGIN)[1].split(END)[0] == summary(papers, runs)
     assert CLAIMS.read_text(encoding="utf-8") == table(papers, runs)
+
+
+def test_the_page_of_benchmarks_is_generated_from_the_stored_results():
+    assert PAGE.read_text(encoding="utf-8").startswith(page(results()))
 
 
 def test_every_runnable_paper_has_a_stored_run():
