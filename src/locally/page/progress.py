@@ -1,6 +1,7 @@
 """What `locally run` shows while it works: a live table on a terminal, plain lines in a pipe, nothing for --json."""
 
 import sys
+import time
 from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
@@ -15,6 +16,8 @@ from rich.table import Table
 from locally.evidence import Evidence, Status
 from locally.page.runner import Progress
 
+TELLING, SETTLING = 0.02, 5.0  # share of the work and seconds from which on the rest can be told
+INTERVAL = 300.0  # seconds between lines of an experiment that takes long
 COLOURS = {"holds": "green", "fails": "red", "inconclusive": "yellow"}
 
 
@@ -35,11 +38,37 @@ class QuietBoard:
             print(f"locally: {evidence.slug}: {evidence.label}: {evidence.verdict.reason}", file=sys.stderr)
 
 
+class Clock:
+    """How long each experiment will still take, from how far it has come in how long."""
+
+    def __init__(self) -> None:
+        self._began: dict[str, float] = {}
+
+    def left(self, event: Progress) -> str:
+        """In words; "" as long as nobody can tell."""
+        now = time.monotonic()
+        begun = self._began.setdefault(event.slug, now)
+        if event.fraction < TELLING or now - begun < SETTLING:
+            return ""
+        seconds = (now - begun) * (1 - event.fraction) / event.fraction
+        for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+            if seconds >= 2 * length:
+                return f"about {seconds / length:.0f} {unit} left"
+        return f"about {seconds:.0f} s left"
+
+
 class PlainBoard(QuietBoard):
-    """One line as each experiment ends."""
+    """One line as each experiment ends; a line now and then from one that takes long."""
 
     def __init__(self, slugs: Sequence[str]) -> None:
         self.total, self.done = len(slugs), 0
+        self._clock, self._said = Clock(), dict[str, float]()
+
+    def progress(self, event: Progress) -> None:
+        left, now = self._clock.left(event), time.monotonic()
+        if left and now - self._said.setdefault(event.slug, now) > INTERVAL:
+            self._said[event.slug] = now
+            print(f"{event.slug}: {event.fraction:.0%} {event.label}, {left}", file=sys.stderr, flush=True)
 
     def ended(self, evidence: Evidence) -> None:
         self.done += 1
@@ -52,6 +81,7 @@ class LiveBoard(QuietBoard):
 
     def __init__(self, slugs: Sequence[str]) -> None:
         self._running: dict[str, Progress] = {}
+        self._clock = Clock()
         self._ended: dict[str, Evidence] = {}
         self._slugs = list(slugs)
         self._live = Live(console=Console(stderr=True), get_renderable=self._table, refresh_per_second=4)
@@ -88,5 +118,6 @@ class LiveBoard(QuietBoard):
             colour = COLOURS.get(ended.label, "red")
             return f"[{colour}]{ended.label}[/]", f"{ended.seconds:.1f} s", escape(ended.verdict.reason)
         if running is not None:
-            return ProgressBar(1.0, running.fraction), f"{running.fraction:.0%}", escape(running.label)
+            doing = " · ".join(filter(None, (running.label, self._clock.left(running))))
+            return ProgressBar(1.0, running.fraction), f"{running.fraction:.0%}", escape(doing)
         return "[dim]waiting[/dim]", "", ""
