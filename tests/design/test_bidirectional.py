@@ -129,7 +129,7 @@ def test_tangent_features_give_the_empirical_kernel_and_guide_a_design():
     space, sequences, scores = gc_table()
     tangent = TangentFeatures(MaskedLM(4, width=6, hidden=5).eval(), names, w0, 16, generator=generator)
     found = BIBDesigner(tangent, space, n_designs=3, steps=3, random_state=0).fit(sequences, scores).design()
-    assert found.status is Status.COMPLETED
+    assert found.status is Status.FINISHED
 
 
 # Reference traces: computed in float64 from the published update rules, with a toy feature map of 3-mers
@@ -305,7 +305,7 @@ def test_the_offline_table_is_not_changed():
 
 def test_a_deep_kernel_on_features_is_a_designer_too():
     found = designer(kernel="ntk", gamma=0.5).design()
-    assert found.status is Status.COMPLETED
+    assert found.status is Status.FINISHED
     assert np.mean([s.count("G") + s.count("C") for s in found.sequences]) > 3
     linear = designer(kernel=lambda a, b: a @ b.T, gamma=0.5).design()
     assert linear.sequences == designer(gamma=0.5).design().sequences
@@ -319,7 +319,7 @@ def test_bdi_moves_logits_and_reads_letters_back():
     model = BDIDesigner(space, n_designs=4).fit(sequences, scores)
     np.testing.assert_allclose(model.predict(sequences[:20]), scores[:20], atol=0.1)
     found = model.design()
-    assert found.status is Status.COMPLETED
+    assert found.status is Status.FINISHED
     assert np.mean([s.count("G") + s.count("C") for s in found.sequences]) > 4
 
 

@@ -369,7 +369,7 @@ def test_non_finite_values_from_the_start_are_named(part, bad):
     }
     call[part] = broken[part]
     found = gns_minimize(call["fun"], np.ones(3), jac=call["jac"], curvature=call["curvature"])
-    assert found.status is Status.NON_FINITE
+    assert found.status is Status.NOT_FINITE
     assert not found.success
     assert part in found.message
     np.testing.assert_array_equal(found.x, np.ones(3))
@@ -400,7 +400,7 @@ def test_non_finite_values_on_the_way_leave_the_last_good_iterate(part):
         callback=lambda r: good.append(r.x),
         tol=0.0,
     )
-    assert found.status is Status.NON_FINITE
+    assert found.status is Status.NOT_FINITE
     assert {"product": "curvature"}.get(part, part) in found.message
     np.testing.assert_array_equal(found.x, good[-1])
     assert found.fun == f.fun(good[-1])

@@ -83,7 +83,7 @@ def test_runs_end_in_a_status(method):
     assert run(maxiter=2).status is Status.ITERATION_LIMIT
     assert run(f_target=f.fun(np.zeros(6)) + 1e-2).success
     broken = method().minimize(lambda x: np.nan, np.ones(2), jac=lambda x: x, curvature=lambda x: np.eye(2))
-    assert broken.status is Status.NON_FINITE
+    assert broken.status is Status.NOT_FINITE
     uphill = method(max_trials=5).minimize(
         lambda x: float(x @ x),
         np.ones(2),

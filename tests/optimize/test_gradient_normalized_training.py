@@ -221,7 +221,7 @@ def test_trials_that_go_wrong_leave_parameters_and_gradients_as_they_were(how):
             optimizer.step(closure)
     else:
         optimizer.step(closure)
-        assert optimizer.status is (Status.NON_FINITE if how == "nan" else Status.SEARCH_FAILED)
+        assert optimizer.status is (Status.NOT_FINITE if how == "nan" else Status.SEARCH_FAILED)
         assert optimizer.message
     assert torch.equal(flat(model), before)
     assert torch.equal(torch.cat([p.grad.reshape(-1) for p in model.parameters()]), gradient)

@@ -384,7 +384,7 @@ def test_sizes_for_a_problem_run():
     assert tree.depth >= 1
     assert 0.9 * 2000 <= tree.rounds * tree.examples_per_round <= 2000
     found = tree.minimize(problem, rng=0)
-    assert found.status is Status.COMPLETED
+    assert found.status is Status.FINISHED
     assert found.privacy.epsilon <= 1.0
 
 
@@ -469,7 +469,7 @@ def test_recursion_refuses_losses_that_are_not_convex():
     for objective in (nonconvex, clipped):
         with pytest.raises(ValueError, match="convex by construction"):
             method.minimize(objective, rng=0)
-    assert method.minimize(refused, rng=0).status is Status.COMPLETED
+    assert method.minimize(refused, rng=0).status is Status.FINISHED
     assert LOGISTIC.convex
 
 

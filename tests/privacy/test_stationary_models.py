@@ -304,7 +304,7 @@ def test_training_learns_and_reports_its_steps(method):
     found = fit_module(
         net, loss, x, y, method, lipschitz=1.0, smoothness=1.0, rng=0, callback=lambda *step: seen.append(step)
     )
-    assert found.status is Status.COMPLETED
+    assert found.status is Status.FINISHED
     assert found.privacy.epsilon <= 8.0
     assert len(seen) == found.steps
     if not isinstance(method, PrivateTreeSpider):  # whose eight steps do not go far

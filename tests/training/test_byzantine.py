@@ -314,7 +314,7 @@ def test_honest_nodes_learn_under_every_attack(attack):
     problem = small_problem(10, batch=16)
     collaboration = Collaboration(n=12, f=2, lr=0.5, beta=0.9)
     done = Simulation(collaboration, attack).run(problem, 80)
-    assert done.status is Status.COMPLETED
+    assert done.status is Status.FINISHED
     assert problem.accuracies(done.parameters, problem.inputs, problem.labels).min() > 0.85
 
 

@@ -71,7 +71,7 @@ def test_processes_and_simulation_give_the_same_parameters(problem, attack, roun
     c = collaboration(rounds=rounds)
     real = Processes(c, {4: Lie(attack)}, order="seeded", patience=20.0).run(problem, 15)
     simulated = Simulation(c, attack).run(problem, 15)
-    assert real.status is Status.COMPLETED
+    assert real.status is Status.FINISHED
     assert real.nodes == (0, 1, 2, 3)
     torch.testing.assert_close(real.parameters, simulated.parameters, rtol=0, atol=1e-6)
     assert real.gradients_used == simulated.gradients_used
@@ -85,7 +85,7 @@ def test_processes_and_simulation_give_the_same_parameters(problem, attack, roun
 def test_honest_nodes_finish_and_have_learnt(problem, drill):
     """`Crash` is kill -9 in the middle of training; every fault hits node 2 of five, one of which may be faulty."""
     done = Processes(collaboration(), {2: drill}, timeout=20.0).run(problem, STEPS)
-    assert done.status is Status.COMPLETED
+    assert done.status is Status.FINISHED
     assert {0, 1, 3, 4} <= set(done.nodes)
     assert worst_accuracy(problem, done, (0, 1, 3, 4)) > 0.9
     if isinstance(drill, Crash):
@@ -110,7 +110,7 @@ def test_killed_from_outside(problem):
 
     done = engine.run(wide, 200, callback=kill_two)
     assert len(killed) == 2
-    assert done.status is Status.COMPLETED
+    assert done.status is Status.FINISHED
     assert set(done.nodes) == {1, 2, 3, 4, 6, 7}
     assert worst_accuracy(wide, done, done.nodes) > 0.9
 

@@ -32,7 +32,7 @@ class Auxiliary(Protocol):
 
 
 class Status(StrEnum):
-    COMPLETED = "completed"
+    FINISHED = "finished"
     STOPPED = "stopped by the callback"
     NOT_FINITE = "not finite: the designs are those before the step that failed"
 
@@ -130,7 +130,7 @@ class Ascent:
             trace.append(seen)
             if callback is not None and callback(state.step, seen):
                 return AscentResult(state, Status.STOPPED, trace)
-        return AscentResult(state, Status.COMPLETED, trace)
+        return AscentResult(state, Status.FINISHED, trace)
 
     def _advance(self, embed: Embedding, head: Head, auxiliary: Auxiliary | None, state: AscentState) -> Step:
         theta = state.theta

@@ -60,7 +60,7 @@ class Baseline:
         here, constant = run.oracle.at(x, run.metric), self.constant0
         run.trace.add(here, constant, run.oracle)
         if defect := describe_non_finite(here, "at x0"):
-            return run.trace.result(here, constant, run.oracle, Status.NON_FINITE, defect)
+            return run.trace.result(here, constant, run.oracle, Status.NOT_FINITE, defect)
         memory = self._memory(here)
         while True:
             if here.norm <= self.tol or (self.f_target is not None and here.f <= self.f_target):

@@ -132,7 +132,7 @@ class GradientNormalizedNewton:
         gamma = self.gamma0
         trace.add(here, gamma, oracle)
         if defect := describe_non_finite(here, "at x0"):
-            return trace.result(here, gamma, oracle, Status.NON_FINITE, defect)
+            return trace.result(here, gamma, oracle, Status.NOT_FINITE, defect)
         if curvature is None:
             raise TypeError("curvature must be callable or a number, got None")
 
@@ -140,7 +140,7 @@ class GradientNormalizedNewton:
             H = oracle.curvature(here.x)
             if not finite_curvature(H):
                 message = "curvature holds NaN or infinity at x"
-                return trace.result(here, gamma, oracle, Status.NON_FINITE, message)
+                return trace.result(here, gamma, oracle, Status.NOT_FINITE, message)
             if oracle.nhev == 1:
                 check_curvature(H)
             try:
@@ -163,7 +163,7 @@ class GradientNormalizedNewton:
                     ridge=self.ridge,
                 )
             except NonFiniteCurvature as error:
-                return trace.result(here, gamma, oracle, Status.NON_FINITE, f"{error} at x")
+                return trace.result(here, gamma, oracle, Status.NOT_FINITE, f"{error} at x")
             trace.nsolve += step.trials
             if step.point is None:
                 return trace.result(here, step.gamma, oracle, *verdict(step))
@@ -192,7 +192,7 @@ def verdict(step: Any) -> tuple[Status, str]:
     if step.unbounded:
         return Status.UNBOUNDED, "fun is minus infinity at the next point; x is the last one where it was finite"
     if step.non_finite:
-        return Status.NON_FINITE, f"no trial step led to finite values: {step.reasons}"
+        return Status.NOT_FINITE, f"no trial step led to finite values: {step.reasons}"
     return Status.SEARCH_FAILED, f"no trial step made progress: {step.reasons}"
 
 

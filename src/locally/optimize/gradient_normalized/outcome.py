@@ -13,12 +13,12 @@ Callback = Callable[[OptimizeResult], object]
 
 
 class Status(IntEnum):
-    """How a minimisation ended; every status but NON_FINITE at the very start comes with a usable x."""
+    """How a minimisation ended; every status but NOT_FINITE at the very start comes with a usable x."""
 
     CONVERGED = 0
     ITERATION_LIMIT = 1
     SEARCH_FAILED = 2
-    NON_FINITE = 3
+    NOT_FINITE = 3
     UNBOUNDED = 4
     STOPPED = 5
 
@@ -27,7 +27,7 @@ MESSAGES = {
     Status.CONVERGED: "the dual norm of the gradient, or fun, is at its target",
     Status.ITERATION_LIMIT: "iteration limit",
     Status.SEARCH_FAILED: "no trial step made progress",
-    Status.NON_FINITE: "NaN or infinity",
+    Status.NOT_FINITE: "NaN or infinity",
     Status.UNBOUNDED: "fun falls without end",
     Status.STOPPED: "the callback raised StopIteration",
 }

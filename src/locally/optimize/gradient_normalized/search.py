@@ -21,8 +21,8 @@ Evaluate = Callable[[Any], tuple[float, Callable[[], Any]]]
 
 class Refusal(StrEnum):
     INDEFINITE = "H + lambda B was not positive definite"
-    FUN_NON_FINITE = "fun was NaN or infinite"
-    JAC_NON_FINITE = "jac held NaN or infinity"
+    FUN_NOT_FINITE = "fun was NaN or infinite"
+    JAC_NOT_FINITE = "jac held NaN or infinity"
     NO_PROGRESS = "fun fell too little for the gradient left"
     UNBOUNDED = "fun was minus infinity"
 
@@ -43,7 +43,7 @@ class Step:
     @property
     def non_finite(self) -> bool:
         """Whether even the shortest step met NaN or infinity."""
-        return self.refusals[-1] in (Refusal.FUN_NON_FINITE, Refusal.JAC_NON_FINITE)
+        return self.refusals[-1] in (Refusal.FUN_NOT_FINITE, Refusal.JAC_NOT_FINITE)
 
     @property
     def reasons(self) -> str:
@@ -99,14 +99,14 @@ def attempt(
     if f == -math.inf:
         return Refusal.UNBOUNDED
     if not math.isfinite(f):
-        return Refusal.FUN_NON_FINITE
+        return Refusal.FUN_NOT_FINITE
     rounding = precision * max(abs(f), abs(here.f))
     if f > here.f + rounding:
         return Refusal.NO_PROGRESS  # whatever the gradient is there
     g = gradient()
     finite = np.isfinite(g) if isinstance(g, np.ndarray) else g.isfinite()
     if not finite.all():
-        return Refusal.JAC_NON_FINITE
+        return Refusal.JAC_NOT_FINITE
     norm = metric.dual_norm(g)
     needed = norm**2 / (8 * shift) if shift else math.inf
     enough = here.f - f >= needed

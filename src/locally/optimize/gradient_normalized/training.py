@@ -119,7 +119,7 @@ class GNS(torch.optim.Optimizer):
 
         Returns:
             The loss before the step. `status` is None while steps succeed; CONVERGED at a zero gradient, SEARCH_FAILED
-            or NON_FINITE where no trial was accepted: parameters and gradients are then those from before.
+            or NOT_FINITE where no trial was accepted: parameters and gradients are then those from before.
 
         Raises:
             ArithmeticError: loss or gradient is not finite at the present parameters, or the curvature is not;

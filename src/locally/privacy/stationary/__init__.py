@@ -11,7 +11,7 @@ by `dp-accounting` (extra `privacy`). Source: arXiv 2206.00846.
 >>> method = PrivateSpiderBoost(epsilon=1.0, delta=1e-6, steps=64, phase=16)
 >>> found = method.minimize(model, rng=0)
 >>> found.status, round(found.privacy.epsilon, 2)
-(<Status.COMPLETED: 'completed'>, 1.0)
+(<Status.FINISHED: 'finished'>, 1.0)
 """
 
 from locally.privacy.stationary.accounting import (

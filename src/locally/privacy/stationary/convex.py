@@ -155,7 +155,7 @@ class RecursiveRegularization:
         parts = randomness.permutation(objective.size).split([plan.examples for plan in plans])
 
         answers, pull = [start], strength * start
-        evaluations, steps, status = 0, 0, Status.COMPLETED
+        evaluations, steps, status = 0, 0, Status.FINISHED
         for t, (part, plan, mechanism) in enumerate(zip(parts, plans, privacy.mechanisms, strict=True), start=1):
             task = Round(part, plan.modulus, pull, start, plan.radius, answers[-1])
             z = mechanism.noise_multiplier

@@ -10,7 +10,7 @@ from locally.privacy.stationary.accounting import PrivacyStatement
 
 
 class Status(StrEnum):
-    COMPLETED = "completed"
+    FINISHED = "finished"
     STATIONARY = "stopped early: the released gradient is below the stopping level"
     STEP_LIMIT = "completed, but max_steps kept an inner solver from the steps that its analysis asks for"
     DIVERGED = "diverged: a released estimate is not finite"

@@ -164,7 +164,7 @@ class PrivateSpiderBoost:
 
         previous = estimate = answer = w
         iterates, estimates, evaluations = [w], [], 0
-        status, done = Status.COMPLETED, self.steps
+        status, done = Status.FINISHED, self.steps
         for t in range(self.steps):
             if t % self.phase == 0:
                 batch = draw_batch(randomness, n, b1, sampling)

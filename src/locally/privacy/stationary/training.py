@@ -122,7 +122,7 @@ def fit_module(
     >>> loss = nn.functional.binary_cross_entropy_with_logits
     >>> fitted = fit_module(net, loss, x, y, method, lipschitz=1.0, smoothness=1.0, rng=0)
     >>> fitted.status, round(fitted.privacy.epsilon, 1)
-    (<Status.COMPLETED: 'completed'>, 2.0)
+    (<Status.FINISHED: 'finished'>, 2.0)
     """
     objective = ModuleObjective(
         module, loss, inputs, targets, lipschitz=lipschitz, smoothness=smoothness, beyond=beyond, chunk=chunk

@@ -148,7 +148,7 @@ class PrivateTreeSpider:
 
         points: list[Float[Tensor, " d"]] = []
         estimates: list[Float[Tensor, " d"]] = []
-        answer, evaluations, status, leaf = w, 0, Status.COMPLETED, 0
+        answer, evaluations, status, leaf = w, 0, Status.FINISHED, 0
         for leaf, batch in enumerate(batches):
             at = leaf % leaves
             depth, size = self._depth_of(at), len(batch)

@@ -38,7 +38,7 @@ class Problem(Protocol):
 
 
 class Status(StrEnum):
-    COMPLETED = "completed"
+    FINISHED = "finished"
     DIVERGED = "diverged: an honest node's parameters are no longer finite"
     STOPPED = "stopped by the callback"
     TOO_FEW_PEERS = "too few peers answered in time"
@@ -51,7 +51,7 @@ class Outcome:
     Attributes:
         parameters: last ones of every honest node that finished, a row each.
         nodes: the numbers of those nodes.
-        status: COMPLETED if every honest node made all steps.
+        status: FINISHED if every honest node made all steps.
         steps: made by the rows of `parameters`.
         gradients_used: stochastic gradients that one node has computed.
         spread: mean squared distance of honest parameters from their mean, after each step (simulation only).

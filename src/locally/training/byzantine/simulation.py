@@ -85,7 +85,7 @@ class Simulation:
             first, used, spread = resume.steps, resume.gradients_used, resume.spread.tolist()
             attack = copy.deepcopy(resume.memory)
 
-        status, done = Status.COMPLETED, first
+        status, done = Status.FINISHED, first
         for step in range(first, steps):
             before = parameters
             gradients = yield before, step
@@ -100,7 +100,7 @@ class Simulation:
                 status = Status.DIVERGED
                 break
             if callback is not None and callback(done, parameters):
-                status = Status.STOPPED if done < steps else Status.COMPLETED
+                status = Status.STOPPED if done < steps else Status.FINISHED
                 break
         return Outcome(parameters, tuple(range(honest)), status, done, used, np.array(spread), momenta, {}, attack)
 

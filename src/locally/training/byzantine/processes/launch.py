@@ -45,7 +45,7 @@ class Processes:
         threads: of torch in each process.
 
     `pids` are the process ids of the latest run, by rank. A node that fails leaves its reason in `Outcome.lost`; the
-    status is COMPLETED if all nodes that no drill made faulty have finished.
+    status is FINISHED if all nodes that no drill made faulty have finished.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class Processes:
                 code = process.exitcode or 0
                 ended = signal.Signals(-code).name if code < 0 else f"exit status {code}"
                 lost[rank] = reason.read_text() if reason.exists() else f"ended by {ended} after {done[rank]} steps"
-        status = Status.COMPLETED
+        status = Status.FINISHED
         unexpected = {rank: why for rank, why in lost.items() if rank not in self.drills}
         if stopped:
             status = Status.STOPPED
