@@ -4,7 +4,7 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
-.PHONY: setup run test check bench page evidence programs clean
+.PHONY: setup run test check bench page docs evidence programs clean
 
 setup: .venv/ready
 
@@ -26,10 +26,11 @@ run: .venv/ready  ## run every paper at quick scale on embedded input and write 
 test: check programs  ## lint, type-check, and run the whole suite
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-check: .venv/ready  ## ruff and mypy
+check: .venv/ready  ## ruff, mypy and the rules of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 bench: .venv/ready-bench  ## ratios to the peers; ONLY=halpern for one
 	$(BIN)/python -m benchmarks $(ONLY)
@@ -37,6 +38,9 @@ bench: .venv/ready-bench  ## ratios to the peers; ONLY=halpern for one
 
 page: .venv/ready  ## serve the page and open it: read, search and run the papers in a browser
 	$(BIN)/locally serve --open
+
+docs: .venv/ready  ## build the documentation into site/, without warnings and without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 evidence: .venv/ready programs  ## run at default scale (PAPERS="halpern loop" for some); regenerate README's table, picture
 	$(BIN)/locally run $(or $(PAPERS),--all) --scale default --json >> docs/evidence.jsonl || test $$? -eq 1

@@ -8,6 +8,8 @@ from jaxtyping import Float
 
 from locally.checks import check_count
 
+__all__ = ["Agent", "play"]
+
 
 @runtime_checkable
 class Agent(Protocol):

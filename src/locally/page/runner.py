@@ -297,7 +297,7 @@ def resident_mib(pid: int) -> float:
 
 def _environment(threads: int) -> dict[str, str]:
     # threads that spin while they wait make small kernels several times slower on a machine that does anything else
-    habits = {"OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "agg"}
+    habits = {"OMP_WAIT_POLICY": "passive", "PYTHONUNBUFFERED": "1", "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1"}
     return os.environ | habits | dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 

@@ -18,6 +18,19 @@ from safetensors import SafetensorError, safe_open
 
 from locally.errors import UsageError, require
 
+__all__ = [
+    "BadCheckpoint",
+    "Checkpoint",
+    "Weights",
+    "check_architecture",
+    "check_free",
+    "open_weights",
+    "read",
+    "read_config",
+    "read_tokenizer",
+    "writing",
+]
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 

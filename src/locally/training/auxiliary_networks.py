@@ -17,6 +17,8 @@ from locally.training.local_learning.isolation import Objective, Plan
 from locally.training.local_learning.networks import Stage
 from locally.training.local_learning.rules import HeadObjective, Mean, width_of
 
+__all__ = ["AugLocal", "pyramidal_depths", "select_stages"]
+
 POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)
 
 BlockFactory = Callable[[nn.Module, int, int, int], nn.Module]

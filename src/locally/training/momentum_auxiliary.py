@@ -18,6 +18,8 @@ from locally.training.local_learning.initialization import reinitialize
 from locally.training.local_learning.isolation import Objective, Plan, Rule
 from locally.training.local_learning.rules import width_of
 
+__all__ = ["MomentumAuxiliary"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class MomentumAuxiliary:

@@ -302,7 +302,7 @@ class NetworkRegressor(RegressorMixin, BaseEstimator):
 
     def _start(self, n_inputs: int, n_targets: int) -> None:
         self.n_features_in_, self.n_targets_ = n_inputs, n_targets
-        seed = self.random_state if self.random_state is not None else int(torch.seed() % 2**31)
+        seed = self.random_state if self.random_state is not None else int(np.random.default_rng().integers(2**31))
         self.networks_ = StreamNetworks(
             n_inputs,
             n_targets,

@@ -45,7 +45,8 @@ class LosseFTLRegressor(RegressorMixin, BaseEstimator):
         random_state: of projection and sweeps.
 
     Attributes:
-        encoder_, n_seen_, n_targets_, n_features_in_.
+        encoder_: of the inputs.
+        n_seen_, n_targets_, n_features_in_: samples taken in, columns of y and of X.
         coef_: weights, (D, n_targets).
         gram_, xty_: A as a sparse matrix (D, D), B (D, n_targets); sparse solver only.
         grad_norm_: norm of the gradient of the normalised loss; sparse solver only.
