@@ -14,7 +14,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from benchmarks.harness import Comparison, compare
 from locally import catalogue
 from locally.evidence import Paper
-from locally.page.search import COLUMNS, WEIGHTS, Index, words_of
+from locally.page.search import Index, of_card, words_of
+from locally.page.search.documents import COLUMNS
+from locally.page.search.words import WEIGHTS
 
 JUDGED: dict[str, dict[str, int]] = {
     "halpern iteration": {"halpern": 3},
@@ -62,7 +64,8 @@ JUDGED: dict[str, dict[str, int]] = {
 
 def main() -> list[Comparison]:
     papers = [p for p in catalogue.load() if p.number <= 31]
-    index = Index(papers)
+    index = Index()
+    index.update([of_card(paper) for paper in papers])
     ours = quality(index.search)
     results = []
     for name, search in (("FTS5 alone", fts5(papers)), ("TF-IDF alone", tfidf(papers))):
@@ -83,8 +86,8 @@ def main() -> list[Comparison]:
     return results
 
 
-def quality(search: Callable[[str], Sequence[Paper]]) -> float:
-    return mean(ndcg([p.slug for p in search(query)][:10], grades) for query, grades in JUDGED.items())
+def quality(search: Callable[[str], Sequence[str]]) -> float:
+    return mean(ndcg(search(query)[:10], grades) for query, grades in JUDGED.items())
 
 
 def ndcg(found: Sequence[str], grades: Mapping[str, int]) -> float:
@@ -98,27 +101,27 @@ def texts(paper: Paper) -> tuple[str, ...]:
     return paper.title, " ".join(paper.keywords), people, paper.summary, claims
 
 
-def fts5(papers: Sequence[Paper]) -> Callable[[str], list[Paper]]:
+def fts5(papers: Sequence[Paper]) -> Callable[[str], list[str]]:
     table = sqlite3.connect(":memory:")
     table.execute(f"create virtual table papers using fts5({', '.join(COLUMNS)})")
     table.executemany("insert into papers values (?, ?, ?, ?, ?)", map(texts, papers))
     order = f"bm25(papers, {', '.join(map(str, WEIGHTS))})"
 
-    def search(query: str) -> list[Paper]:
+    def search(query: str) -> list[str]:
         wanted = " OR ".join(f'"{word}"' for word in words_of(query))
         rows = table.execute(f"select rowid from papers where papers match ? order by {order}", (wanted,))
-        return [papers[row[0] - 1] for row in rows]
+        return [papers[row[0] - 1].slug for row in rows]
 
     return search
 
 
-def tfidf(papers: Sequence[Paper]) -> Callable[[str], list[Paper]]:
+def tfidf(papers: Sequence[Paper]) -> Callable[[str], list[str]]:
     vectorizer = TfidfVectorizer(stop_words="english")
     matrix = vectorizer.fit_transform(" ".join(texts(p)) for p in papers)
 
-    def search(query: str) -> list[Paper]:
+    def search(query: str) -> list[str]:
         scores = (matrix @ vectorizer.transform([query]).T).toarray()[:, 0]
-        return [papers[i] for i in np.argsort(-scores, kind="stable") if scores[i] > 0]
+        return [papers[i].slug for i in np.argsort(-scores, kind="stable") if scores[i] > 0]
 
     return search
 

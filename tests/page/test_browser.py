@@ -11,6 +11,9 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
+from locally.page.preprints import Preprint, Preprints
+from locally.page.store import Store
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 SLOW = "import time\ndef experiment(run):\n    for _ in run.track(range(600), 'turning'): time.sleep(0.1)\n"
@@ -108,12 +111,66 @@ def test_a_run_survives_a_restart_of_the_server(server, page):
     page.wait_for_selector("#run form[action$='/runs']")
 
 
+LOOM = Preprint(
+    key="2603.00001",
+    title="Weaving <b>Looms</b>",
+    authors=("Ada Lovelace",),
+    summary="A jacquard loom.",
+    published="2026-03-01T00:00:00+00:00",
+    updated="2026-03-01T00:00:00+00:00",
+    day="2026-03-01",
+    sources=("arxiv",),
+)
+
+
+@pytest.mark.browser
+def test_find_a_fetched_paper_vote_tag_and_talk(server, page):
+    Preprints(Store()).add([LOOM])
+    page.goto(server.address)
+    page.fill("#q", "jaquard")
+    first = page.locator("ol.papers li").first
+    expect(first.locator("a.title")).to_have_text(LOOM.title, timeout=PATIENCE)
+    page.evaluate("window.witness = 1")
+    first.locator("button[value=vote]").click()
+    expect(first.locator("button[value='-vote'][aria-pressed=true] .count")).to_have_text("1", timeout=PATIENCE)
+    assert page.evaluate("window.witness") == 1  # without loading the page again
+    first.locator("a.title").click()
+    page.fill("#tag", "looms, to cite")
+    page.keyboard.press("Enter")
+    expect(page.locator(".tagging .tag")).to_have_text(["looms", "to-cite"], timeout=PATIENCE)
+    page.fill("#comment", "It **weaves**.")
+    page.click("button:text-is('Comment')")
+    expect(page.locator(".comment .words strong")).to_have_text("weaves", timeout=PATIENCE)
+    page.goto(f"{server.address}?tags=looms")
+    expect(page.locator("ol.papers a.title")).to_have_text([LOOM.title], timeout=PATIENCE)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.browser
+def test_everything_works_without_javascript(server, page):
+    Preprints(Store()).add([LOOM])
+    plain = page.context.browser.new_context(java_script_enabled=False).new_page()
+    plain.goto(server.address)
+    plain.fill("#q", "jacquard")
+    plain.keyboard.press("Enter")
+    plain.locator("ol.papers button[value=save]").first.click()
+    expect(plain.locator("ol.papers button[value='-save']").first).to_be_visible(timeout=PATIENCE)
+    assert "q=jacquard" in plain.url
+    plain.locator("ol.papers a.title").first.click()
+    plain.click("text=Private note")
+    plain.fill("#note-text", "see section 2")
+    plain.click("button:text-is('Keep')")
+    expect(plain.locator("#note-text")).to_have_value("see section 2", timeout=PATIENCE)
+    plain.context.close()
+
+
 def test_wrong_arguments_are_one_line(home):
     for arguments, words in (
         (["--host", "0.0.0.0"], "--token"),
         (["--token", "short"], "16 characters"),
         (["--port", "99999"], "65535"),
         (["--jobs", "0"], "--jobs"),
+        (["--user-header", "X User"], "--user-header must be the name of a header"),
     ):
         command = [sys.executable, "-m", "locally.cli", "serve", *arguments]
         ended = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=60)

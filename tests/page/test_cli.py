@@ -125,6 +125,7 @@ def test_show_tells_card_claims_evidence_and_use(add_paper):
 
 def test_list_fits_a_pipe_and_search_finds(add_paper):
     add_paper("good", title="A rather particular thing")
+    add_paper("unwritten", None)
     listed = locally("list").stdout
     assert "\x1b" not in listed
     assert "not yet runnable" in listed

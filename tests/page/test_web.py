@@ -54,7 +54,7 @@ class TestReading:
         assert found.count('<span class="number">') == 2
         assert "dp-stationary-points" in found
         found = client.get("/", params={"verdict": "not yet runnable", "q": "unwritten"}).text
-        assert re.findall(r'href="/papers/([^"]+)"', found) == ["unwritten"]
+        assert re.findall(r'class="title" href="/papers/([^"]+)"', found) == ["unwritten"]
 
     def test_searching_and_finding_nothing(self, client):
         assert "/papers/local-lipschitz" in client.get("/", params={"q": "lipschits"}).text

@@ -1,4 +1,4 @@
-"""The command line, `locally list | show | search | run | report | serve | generate | linearize`: one module a group of commands.
+"""The command line, `locally list | show | search | run | report | fetch | serve`: one module a group of commands.
 
 Exit status of `run`: 0 when every claim that the scale can decide holds, 1 when one does not, 2 for bad usage, 3 when
 an experiment crashed. Whatever the user can mend is one line on standard error and exit status 2. Heavy libraries are
@@ -12,12 +12,15 @@ import typer
 from click import ClickException
 
 from locally import __version__
+from locally.cli.digest import digest
+from locally.cli.fetching import fetch
 from locally.cli.generate import generate
 from locally.cli.linearize import linearize
 from locally.cli.reading import list_papers, search, show
 from locally.cli.running import report, run
 from locally.cli.serving import serve
 from locally.cli.status import EXIT_INTERRUPTED, EXIT_NOT_HELD, EXIT_USAGE
+from locally.cli.subscribe import subscribe
 from locally.errors import UsageError
 
 app = typer.Typer(
@@ -63,5 +66,5 @@ def options(
 
 
 app.command("list")(list_papers)
-for command in (search, show, run, report, serve, generate, linearize):
+for command in (search, show, run, report, fetch, serve, generate, linearize, subscribe, digest):
     app.command()(command)

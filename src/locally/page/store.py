@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from filelock import FileLock
 from sqlalchemy.engine import Connection, Engine
 from sqlalchemy.exc import DatabaseError, OperationalError
-from sqlalchemy.pool import NullPool
+from sqlalchemy.pool import QueuePool
 
 from locally.errors import UsageError
 from locally.evidence import Evidence, Figure, Finding, Measure, Outcome, Scale, Status, Verdict
@@ -25,6 +25,8 @@ from locally.page.glance import SCHEMA_VERSION
 from locally.page.schema import figures, measures, metadata, requests, runs
 
 BUSY_TIMEOUT = 60.0  # seconds that a writer waits for another
+POOL: dict[str, Any] = {"poolclass": QueuePool, "pool_size": 8, "max_overflow": 56}  # asking is cheaper than opening
+MIGRATION_LOCK = 0x10CA11  # any number that nobody else locks
 DAMAGED = ("file is not a database", "malformed", "disk image")
 
 
@@ -55,7 +57,7 @@ class Store:
     def __init__(self, url: str | None = None) -> None:
         try:
             self.url = sa.make_url(url or database_url())
-            self.engine = sa.create_engine(self.url, poolclass=NullPool)
+            self.engine = sa.create_engine(self.url, hide_parameters=True, **POOL)
         except (sa.exc.ArgumentError, ModuleNotFoundError) as error:
             raise StoreError(f"cannot open the database {url!r}: {error}") from None
         self.file = Path(self.url.database) if self._is_sqlite and self.url.database else None
@@ -163,6 +165,12 @@ class Store:
             for i, scale, status, outcome, reason, started, seconds in self.query(wanted)
         ]
 
+    def findings(self, slug: str, limit: int = 20) -> list[Sequence[Finding]]:
+        """What the last finished runs of a paper found of its claims, oldest run first."""
+        finished = (runs.c.slug == slug) & (runs.c.status == str(Status.FINISHED))
+        wanted = sa.select(runs.c.findings).where(finished).order_by(runs.c.id.desc()).limit(limit)
+        return [tuple(map(Finding.from_dict, row[0])) for row in reversed(self.query(wanted))]
+
     def run(self, run_id: int) -> Evidence | None:
         with self._explained(), self.engine.connect() as connection:
             row = connection.execute(sa.select(runs).where(runs.c.id == run_id)).mappings().first()
@@ -183,6 +191,12 @@ class Store:
         with self._explained(), self.engine.connect() as connection:
             return [tuple(row) for row in connection.execute(statement)]
 
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """One transaction that sees one state of the database."""
+        with self._explained(), self.engine.connect() as connection:
+            yield connection
+
     @property
     def _is_sqlite(self) -> bool:
         return self.url.get_backend_name() == "sqlite"
@@ -196,6 +210,8 @@ class Store:
     def _migrate(self) -> None:
         """Bring the schema to this version; refuse one that is newer."""
         with self.writing() as connection:
+            if not self._is_sqlite:  # whose file is locked already
+                self._queue_up(connection)
             known = sa.inspect(connection).has_table("alembic_version")
             found = connection.scalar(sa.text("select version_num from alembic_version")) if known else None
             if found == SCHEMA_VERSION:
@@ -212,6 +228,11 @@ class Store:
             config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
             config.attributes |= {"connection": connection, "metadata": metadata}
             command.upgrade(config, "head")
+
+    def _queue_up(self, connection: Connection) -> None:
+        """One process at a time from here to the end of the transaction, on a server that has such locks."""
+        if self.url.get_backend_name() == "postgresql":
+            connection.execute(sa.text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -235,6 +256,7 @@ class Store:
     def _set_aside(self) -> Path:
         assert self.file is not None
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        self.engine.dispose()  # what is still open would go on in the file that is set aside
         aside = self.file.with_name(f"{self.file.stem}-damaged-{stamp}{self.file.suffix}")
         for suffix in ("", "-wal", "-shm"):
             part = Path(f"{self.file}{suffix}")

@@ -72,6 +72,36 @@ function forms(section) {
   });
 }
 
+function shown(button, on) {
+  const kind = button.value.replace("-", "");
+  button.value = (on ? "-" : "") + kind;
+  button.setAttribute("aria-pressed", String(on));
+}
+
+function marking() {
+  document.addEventListener("submit", async (event) => {
+    const form = event.target.closest("form[data-marks]");
+    const button = event.submitter;
+    if (!form || !button) return;
+    event.preventDefault();
+    const fields = new FormData(form);
+    fields.set("mark", button.value);
+    const answer = await fetch(form.action, {
+      method: "POST", body: new URLSearchParams(fields), headers: { Accept: "application/json" },
+    });
+    const now = await answer.json();
+    if (!answer.ok) {
+      button.title = now.error;
+      return;
+    }
+    shown(button, now.on);
+    const count = button.querySelector(".count");
+    if (count) count.textContent = now.count;
+    const later = form.querySelector('button[value="-later"]');
+    if (now.mark === "read" && now.on && later) shown(later, false); // what is read waits no longer
+  });
+}
+
 function copying() {
   for (const block of document.querySelectorAll("pre > code")) {
     const button = document.createElement("button");
@@ -97,4 +127,5 @@ function start() {
 }
 
 search();
+marking();
 start();

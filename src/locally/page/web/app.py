@@ -1,0 +1,175 @@
+"""The application as a whole: its rooms, who is let in, and the server that it runs in."""
+
+import asyncio
+import secrets
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from importlib import resources
+from urllib.parse import urlencode, urlsplit
+
+import uvicorn
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, RedirectResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from locally.errors import UsageError
+from locally.page import LOOPBACK
+from locally.page.limits import BodyLimit
+from locally.page.mail import settings
+from locally.page.queue import Queue
+from locally.page.report import style_sheet
+from locally.page.shelf import Shelf
+from locally.page.store import Store
+from locally.page.trending import Trending
+from locally.page.web.answers import BODY_LIMIT, Answers
+from locally.page.web.feed import Feed
+from locally.page.web.identity import Identity
+from locally.page.web.lines import Lines
+from locally.page.web.reading import Reading
+from locally.page.web.running import Running
+from locally.page.web.subscribing import OPEN, Subscribing
+from locally.page.web.taking_part import TakingPart
+
+TOKEN_COOKIE = "locally-token"
+HEADERS = {
+    # plots carry their styles inline, hence 'unsafe-inline' there; scripts come from a file of ours only
+    "Content-Security-Policy": "default-src 'none'; style-src 'self' 'unsafe-inline'; script-src 'self'; "
+    "img-src 'self' data:; connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+}
+
+
+def create_app(
+    store: Store,
+    *,
+    at_once: int = 1,
+    data: str = "",
+    token: str | None = None,
+    hosts: tuple[str, ...] = LOOPBACK,
+    user_header: str = "",
+) -> FastAPI:
+    """The application; its queue starts and stops with it.
+
+    Args:
+        store: where evidence, fetched papers and what people keep are.
+        at_once: experiments side by side.
+        data: folder with the user's data sets, "" for none.
+        token: who does not know it sees nothing; None for a page that only this machine can reach.
+        hosts: names under which the page may be called.
+        user_header: header in which a reverse proxy names the user, "" for none; who brings none sees nothing.
+    """
+    shelf = Shelf(store)
+    queue = Queue(store, shelf.papers, at_once=at_once, data=data)
+    trending = Trending(store)
+    identity = Identity(store, user_header)
+    answers, lines = Answers(identity), Lines(store, shelf)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        queue.start()
+        yield
+        await asyncio.to_thread(queue.close)
+        await asyncio.to_thread(trending.flush)
+
+    app = FastAPI(lifespan=lifespan, title="Locally", openapi_url=None, docs_url=None, redoc_url=None)
+    mail = settings()
+    if mail is not None:
+        hosts = (*hosts, urlsplit(mail.url).hostname or "")  # where the links in mails lead
+    app.add_middleware(BodyLimit, limit=BODY_LIMIT)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*(h.strip("[]") for h in hosts), *hosts])
+    app.middleware("http")(_guarded(token, identity))
+    app.get("/", response_class=HTMLResponse)(Feed(shelf, queue, lines, trending, answers).feed)
+    app.include_router(Reading(store, shelf, queue, lines, trending, answers).router())
+    app.include_router(Running(shelf, queue).router())
+    app.include_router(TakingPart(store, shelf, answers).router())
+    app.include_router(Subscribing(store, mail, shelf, answers).router())
+    app.get("/static/{name}")(_static)
+    for kind in (HTTPException, RequestValidationError, 404, 405):
+        app.exception_handler(kind)(answers.problem)
+    return app
+
+
+def serve(
+    store: Store,
+    *,
+    host: str,
+    port: int,
+    at_once: int,
+    data: str,
+    token: str | None,
+    opened: Callable[[str], None],
+    user_header: str = "",
+) -> None:
+    """Serve until interrupted; `opened` is called with the page's address once it answers."""
+    hosts = LOOPBACK if host in LOOPBACK and not user_header else ("*",)
+    app = create_app(store, at_once=at_once, data=data, token=token, hosts=hosts, user_header=user_header)
+    server = uvicorn.Server(
+        uvicorn.Config(app, host=host.strip("[]"), port=port, log_level="warning", timeout_graceful_shutdown=3)
+    )
+
+    async def run() -> None:
+        serving = asyncio.create_task(server.serve())
+        while not server.started and not serving.done():
+            await asyncio.sleep(0.02)
+        if server.started:
+            bound = server.servers[0].sockets[0].getsockname()[1]
+            suffix = f"/?{urlencode({'token': token})}" if token else "/"
+            opened(f"http://{host}:{bound}{suffix}")
+        await serving
+
+    try:
+        asyncio.run(run())
+    except SystemExit as stopped:  # uvicorn's way of saying that the address is taken
+        if stopped.code:
+            raise UsageError(f"cannot listen on {host}:{port}: it is in use, or not ours") from None
+
+
+def _guarded(
+    token: str | None, identity: Identity
+) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
+    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
+        if request.url.path.startswith(OPEN):
+            response: Response = await call_next(request)
+        elif token is not None and not _knows(request, token):
+            response = Response("this page needs its token: open the address that `locally serve` printed", 401)
+        elif identity.user_header and not identity.user(request):
+            response = Response(f"this page is for people whom a reverse proxy names in {identity.user_header}", 401)
+        elif token is not None and "token" in request.query_params:
+            response = RedirectResponse(request.url.path, 303)  # keep the secret out of the address bar
+            response.set_cookie(TOKEN_COOKIE, token, httponly=True, samesite="strict")
+        else:
+            response = await call_next(request)
+        response.headers.update(HEADERS)
+        return response
+
+    return guard
+
+
+def _knows(request: Request, token: str) -> bool:
+    bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
+    offered = (request.query_params.get("token", ""), request.cookies.get(TOKEN_COOKIE, ""), bearer)
+    return any(secrets.compare_digest(o.encode(), token.encode()) for o in offered)
+
+
+STATIC: Mapping[str, tuple[str, Callable[[], str]]] = {
+    "style.css": ("text/css; charset=utf-8", style_sheet),
+    "live.js": (
+        "text/javascript; charset=utf-8",
+        lambda: resources.files("locally.page").joinpath("templates", "live.js").read_text(encoding="utf-8"),
+    ),
+}
+
+
+def _static(name: str) -> Response:
+    if name not in STATIC:
+        raise HTTPException(404, f"there is no file {name}")
+    kind, read = STATIC[name]
+    return Response(read(), media_type=kind, headers={"Cache-Control": "no-cache"})
+
+
+def say_where(address: str) -> None:
+    print(f"Locally is at {address} (Ctrl-C ends it)", file=sys.stderr, flush=True)
