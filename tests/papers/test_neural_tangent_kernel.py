@@ -1,12 +1,15 @@
 """The experiment at quick scale: its claim holds, its full-size parts run, its figures are there."""
 
 import gzip
+import io
 import tomllib
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from locally.evidence import Claim, MissingData, Outcome, Run, Scale, judge
 from locally.papers import neural_tangent_kernel as paper
@@ -40,6 +43,47 @@ def test_full_size_parts_record_what_their_claims_read(card, tmp_path):
     assert {figure.name for figure in run.figures} == {"band", "spread", "drift", "component"}
     sizes = {m.setting["width"] for m in run.measures if m.metric == "largest orthogonal deviation"}
     assert sizes == {16, 32}
+
+
+def write_cifar10(folder):
+    """Three classes of small striped images in class folders, zipped: in each class stripes of another period."""
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    with zipfile.ZipFile(folder / "cifar10.zip", "w") as file:
+        for part, count in (("train", 12), ("test", 6)):
+            for k, name in enumerate(("bird", "cat", "dog")):
+                for i in range(count):
+                    phase, noise = rng.uniform(0, 6), rng.normal(0, 10, (8, 8, 3))
+                    wave = 127 + 100 * np.sin((k + 1) * np.arange(8) + phase)
+                    pixels = np.clip(wave[None, :, None] + noise, 0, 255).astype(np.uint8)
+                    buffer = io.BytesIO()
+                    Image.fromarray(pixels).save(buffer, "PNG")
+                    file.writestr(f"{part}/{name}/{i:03}.png", buffer.getvalue())
+
+
+def test_convolutional_kernels_classify_the_users_images(tmp_path):
+    write_cifar10(tmp_path / "cifar10")
+    run = Run(scale="paper", seeds=(0, 1), data=tmp_path)
+    data = paper.cifar10(run)
+    for seed in run.seeds:
+        paper.classify(run, data, paper.Convolutional(30, 15, (1, 2)), seed)
+    accuracy = {}
+    for m in run.measures:
+        if m.metric == paper.ACCURACY:
+            accuracy.setdefault(m.method, []).append(m.value)
+    assert {len(v) for k, v in accuracy.items() if "RBF" not in k} == {4}
+    assert len(accuracy["kernel ridge, RBF (scikit-learn)"]) == 2
+    assert np.mean(accuracy[paper.POOLED]) > 0.8  # stripes of unknown phase are what pooling is for
+    gains = [m.value for m in run.measures if "above that without" in m.metric]
+    assert gains == pytest.approx(np.subtract(accuracy[paper.POOLED], accuracy[paper.FLAT]))
+
+
+def test_cifar10_is_asked_for(tmp_path):
+    with pytest.raises(MissingData, match="CIFAR-10"):
+        paper.experiment(Run(scale="paper", seeds=(0,), data=tmp_path))
+    (tmp_path / "cifar10").mkdir()
+    with pytest.raises(MissingData, match=r"neither cifar10\.zip nor"):
+        paper.experiment(Run(scale="paper", seeds=(0,), data=tmp_path))
 
 
 def test_mnist_is_asked_for_and_checked(tmp_path):

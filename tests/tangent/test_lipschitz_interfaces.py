@@ -235,7 +235,7 @@ class Wrapped(nn.Module):
     ("model", "message"),
     [
         (Wrapped(nn.SiLU()), r"body\.1 \(SiLU\)"),
-        (Wrapped(nn.LayerNorm(4)), r"body\.1 \(LayerNorm\)"),
+        (Wrapped(nn.LayerNorm(4, eps=0.0)), r"body\.1 \(LayerNorm\) has eps 0"),
         (Wrapped(nn.Softmax(1)), r"body\.1 \(Softmax\)"),
         (Wrapped(nn.BatchNorm1d(4)), r"body\.1 \(BatchNorm1d\).*eval"),
         (Wrapped(nn.Dropout(0.5)), r"body\.1 \(Dropout\).*eval"),

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from locally.evidence import MissingData, Run
 from locally.plots import PALETTE, canvas
 from locally.tangent.interpreter import SVD, LinearInterpreter, band, gaze, support, template_share
+from locally.tangent.interpreter.figures import plot_copies, plot_filters, plot_singular_images, plot_votes
+from locally.tangent.interpreter.images import Patches, image_files, labelled_images, load_photographs, read_image
+from locally.tangent.interpreter.published import EDSR, VGG, CycleGenerator, ResNet, Standardised, load_weights
 
 OURS = "linear interpreter"
 ERROR = "relative reconstruction error"
@@ -173,7 +176,7 @@ def upscaling(run: Run, study: Study, photographs: list[Tensor], seed: int, *, d
         ours = scope.svd(study.images, method="dense")
         upscaler(run, scope, ours, theirs, seed, f"upscaler {k}")
         if draw and k == 0:
-            draw_filters(run, scope, crops)
+            draw_filters(run, scope)
             draw_singular_images(run, ours.V[0, :, 0], theirs.V[0, :, 0])
 
 
@@ -207,7 +210,7 @@ def train_upscaler(photographs: list[Tensor], steps: int, seed: int, width: int 
             nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), Residual(width), Residual(width),
             nn.Conv2d(width, 4, 3, padding=1), nn.PixelShuffle(2),
         )  # fmt: skip
-    patches = Patches(photographs, 24, seed)
+    patches = Patches(photographs, 24, HELD_OUT, seed)
 
     def loss(_: int) -> Tensor:
         sharp = patches.draw(8)
@@ -285,7 +288,7 @@ def train_inpainter(photographs: list[Tensor], steps: int, seed: int) -> Correct
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Correction()
-    patches = Patches(photographs, 32, seed)
+    patches = Patches(photographs, 32, HELD_OUT, seed)
 
     def loss(_: int) -> Tensor:
         left = SHIFT + patches.corner(1, 32 - GAP - SHIFT)[1]
@@ -298,32 +301,6 @@ def train_inpainter(photographs: list[Tensor], steps: int, seed: int) -> Correct
 
 
 # What they share -----------------------------------------------------------------------------------------------------
-
-
-class Patches:
-    """Random grey squares of the photographs, without the rows that are held out."""
-
-    def __init__(self, photographs: list[Tensor], size: int, seed: int) -> None:
-        self.photographs, self.size = photographs, size
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def corner(self, rows: int, columns: int) -> tuple[int, int]:
-        pick = lambda n: int(torch.randint(n, (1,), generator=self.generator))
-        return pick(rows), pick(columns)
-
-    def draw(self, count: int) -> Float[Tensor, "count 1 size size"]:
-        patches = []
-        for i in range(count):
-            image = self.photographs[i % len(self.photographs)]
-            top, left = self.corner(image.shape[1] - HELD_OUT - self.size, image.shape[2] - self.size)
-            patches.append(image[:, top : top + self.size, left : left + self.size])
-        return torch.stack(patches)
-
-
-def load_photographs() -> list[Float[Tensor, "1 h w"]]:
-    from sklearn.datasets import load_sample_images
-
-    return [torch.as_tensor(i / 255, dtype=torch.float32).mean(2)[None] for i in load_sample_images().images]
 
 
 def fit(net: nn.Module, steps: int, rate: float, loss: Callable[[int], Tensor]) -> None:
@@ -345,41 +322,14 @@ def record_error(run: Run, scope: LinearInterpreter, seed: int | None, network: 
 
 # Figures -------------------------------------------------------------------------------------------------------------
 
-
-def show(axes: Any, image: Tensor, title: str = "", *, signed: bool = True, limit: float | None = None) -> None:
-    picture = image.detach().cpu().numpy()
-    if signed:
-        limit = limit or float(abs(picture).max()) or 1.0
-        axes.imshow(picture, cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    else:
-        axes.imshow(picture, cmap="gray", vmin=picture.min(), vmax=picture.max(), interpolation="nearest")
-    axes.set_title(title, fontsize=8, y=1.0)  # a fixed place: finding one costs more than the picture
-    axes.set(xticks=[], yticks=[])
-    axes.set_axis_off()
+VOTES_CAPTION = (
+    "Votes of pixels and of convolution biases, where they are added, for the best two classes of the closest "
+    "calls. Red votes for, blue against; all, with those of biases without a place (rest), add up to the score."
+)
 
 
 def draw_votes(run: Run, scope: LinearInterpreter) -> None:
-    """Three digits: who votes for the winner, who for the runner-up."""
-    figure, axes = canvas(7.6, 4.4, nrows=3, ncols=6)
-    top = scope.output.topk(2, dim=1).indices
-    pair = [scope.votes(top[:, i]) for i in range(2)]
-    margin = (scope.output.gather(1, top) * torch.tensor([1.0, -1.0], device=top.device)).sum(1)
-    for row, n in zip(axes, margin.argsort()[:3].tolist()):  # the closest calls
-        show(row[0], scope.x[n, 0], "input", signed=False)
-        limit = max(float(v.image()[n].abs().max()) for v in pair)
-        for i, votes in enumerate(pair):
-            placed, rest = votes.bias_image()
-            cells = row[1 + 2 * i : 3 + 2 * i]
-            pixels = votes.pixels[n].sum(0)
-            show(cells[0], pixels, f"pixels for {int(top[n, i])}: {float(pixels.sum()):+.1f}", limit=limit)
-            show(cells[1], placed[n], f"biases: {float(placed[n].sum()):+.1f}, rest {float(rest[n]):+.1f}", limit=limit)
-        winner, other = (f"{int(top[n, i])}: {float(pair[i].score[n]):.1f}" for i in range(2))
-        show(row[5], pair[0].image()[n] - pair[1].image()[n], f"{winner} over {other}")
-    caption = (
-        "Votes of pixels and of convolution biases, where they are added, for the best two classes of the closest "
-        "calls. Red votes for, blue against; all, with those of biases without a place (rest), add up to the score."
-    )
-    run.figure(figure, "Votes on digits", caption)
+    run.figure(plot_votes(scope), "Votes on digits", VOTES_CAPTION)
 
 
 def draw_bias_reliance(run: Run) -> None:
@@ -401,120 +351,61 @@ def draw_bias_reliance(run: Run) -> None:
     )
 
 
-def draw_filters(run: Run, scope: LinearInterpreter, crops: Tensor) -> None:
-    """Impulse responses and rows of the upscaler where the crop has an edge and where it is smooth."""
-    figure, axes = canvas(7.2, 3.2, nrows=2, ncols=5)
-    n = int(crops.flatten(1).std(1).argmax())
-    image = crops[n, 0]
-    slope = (image[1:-1, 2:] - image[1:-1, :-2]).square() + (image[2:, 1:-1] - image[:-2, 1:-1]).square()
-    inner = slope[3:-3, 3:-3]
-    show(axes[0][0], image, "input", signed=False)
-    show(axes[1][0], scope.output[n, 0], "output", signed=False)
-    for k, (what, spot) in enumerate((("an edge", inner.argmax()), ("a smooth place", inner.argmin()))):
-        i, j = (c + 4 for c in divmod(int(spot), inner.shape[1]))
-        axes[0][0].plot(j, i, "os"[k], markersize=5, color=PALETTE[1], fillstyle="none")
-        column = scope.column((0, i, j))[n, 0, 2 * i - 7 : 2 * i + 9, 2 * j - 7 : 2 * j + 9]
-        row = scope.row((0, 2 * i, 2 * j))[n, 0, i - 4 : i + 5, j - 4 : j + 5]
-        show(axes[0][1 + k], column, f"column, {what}")
-        show(axes[1][1 + k], row, f"row, {what}")
-    show(axes[0][3], scope.linear_part[n, 0], "F x", signed=False)
-    show(axes[1][3], scope.residual[n, 0], "r")
-    fixed = LinearInterpreter(nn.Upsample(scale_factor=2, mode="bicubic", align_corners=False), crops[n : n + 1])
-    show(axes[0][4], fixed.column((0, 6, 6))[0, 0, 5:21, 5:21], "column, bicubic")
-    show(axes[1][4], fixed.row((0, 12, 12))[0, 0, 2:11, 2:11], "row, bicubic")
+def draw_filters(run: Run, scope: LinearInterpreter) -> None:
     caption = (
         "Columns of F are the filters with which the network draws one input pixel, rows what one output pixel is made "
         "of. They bend with the image (circle: an edge, square: a smooth place), those of bicubic upscaling do not."
     )
-    run.figure(figure, "Filters of a super-resolution network", caption)
+    run.figure(plot_filters(scope), "Filters of a super-resolution network", caption)
 
 
-def draw_singular_images(run: Run, ours: Float[Tensor, "k h w"], theirs: Float[Tensor, "k h w"]) -> None:
-    figure, axes = canvas(8.4, 3.4, nrows=3, ncols=8)
-    count = len(ours)
-    chosen = [round((count - 1) * (i / 7) ** 1.5) for i in range(8)]  # more of the first ones
-    spread = support(ours), support(theirs)
-    local = support(ours).argsort()[:8].tolist()
-    for i, cell in zip(chosen, axes[0]):
-        show(cell, ours[i], f"network {i + 1}: {float(spread[0][i]):.2f}")
-    for i, cell in zip(sorted(local), axes[1]):
-        show(cell, ours[i], f"network {i + 1}: {float(spread[0][i]):.2f}")
-    for i, cell in zip(chosen, axes[2]):
-        show(cell, theirs[i], f"bicubic {i + 1}: {float(spread[1][i]):.2f}")
+def draw_singular_images(
+    run: Run, ours: Float[Tensor, "k h w"], theirs: Float[Tensor, "k h w"], name: str = "Singular images"
+) -> None:
     caption = (
         "Input images that the upscalers pass on best, by rank, with the fraction of the pixels that they are spread "
         "over. Middle row: the network's most local ones. Those of bicubic upscaling are waves over the whole crop."
     )
-    run.figure(figure, "Singular images", caption)
+    run.figure(plot_singular_images(ours, theirs), name, caption)
 
 
 def draw_inpainting(run: Run, scope: LinearInterpreter, whole: Tensor) -> None:
-    figure, axes = canvas(7.2, 3.0, nrows=2, ncols=5)
-    for line, n in zip(axes, (0, 4)):
-        show(line[0], scope.x[n, 0], "input", signed=False)
-        show(line[1], scope.output[n, 0], "output", signed=False)
-        show(line[2], whole[n, 0], "what belongs there", signed=False)
-        row = scope.row((0, 16, 18))[n, 0]
-        row[:, 16 : 16 + GAP] = 0
-        show(line[3], row, "row in the gap")
-        line[3].plot(18, 16, "x", color="black", markersize=4)
-        line[3].plot(18 - SHIFT, 16, "o", color="black", markersize=7, fillstyle="none")
-        show(line[4], scope.row((0, 16, 8))[n, 0], "row elsewhere")
-        line[4].plot(8, 16, "x", color="black", markersize=4)
     caption = (
         "A network that fills a gap by copying. Rows: what the output at the cross is made of, visible pixels only. In "
         "the gap the largest weight is to stand on the pixel to be copied (circle); elsewhere it is the pixel itself."
     )
-    run.figure(figure, "Copying, seen in rows", caption)
+    run.figure(plot_copies(scope, whole, GAP, SHIFT), "Copying, seen in rows", caption)
 
 
 # Full size -----------------------------------------------------------------------------------------------------------
 
 
-class EDSR(nn.Module):
-    """The baseline of Lim et al. (CVPR workshops 2017) for x4, with the parameter names of its published weights."""
-
-    def __init__(self, width: int = 64, blocks: int = 16) -> None:
-        super().__init__()
-        conv = lambda a, b: nn.Conv2d(a, b, 3, padding=1)
-        self.mean: Tensor
-        self.register_buffer("mean", 255 * torch.tensor([0.4488, 0.4371, 0.4040])[:, None, None], persistent=False)
-        self.head = nn.Sequential(conv(3, width))
-        self.body = nn.Sequential(*(EDSRBlock(width) for _ in range(blocks)), conv(width, width))
-        up = [m for _ in range(2) for m in (conv(width, 4 * width), nn.PixelShuffle(2))]
-        self.tail = nn.Sequential(nn.Sequential(*up), conv(width, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.head(255 * x - self.mean)
-        return (self.tail(x + self.body(x)) + self.mean) / 255
+def full_study(run: Run) -> None:
+    """Published networks on the user's images, whichever of the three are there; then what the other scales train."""
+    studies: dict[str, Callable[[Run], None]] = {
+        "edsr": super_resolution,
+        "imagenet": image_classifiers,
+        "cyclegan": horses_and_zebras,
+    }
+    here = [name for name in studies if run.data_folder is not None and (run.data_folder / name).is_dir()]
+    for name in here or studies:  # without any, the first says what is missing
+        studies[name](run)
+    carry_out(run)
 
 
-class EDSRBlock(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
-def full_study(run: Run, *, crop: int = 48, count: int = 64, width: int = 64, blocks: int = 16) -> None:
+def super_resolution(run: Run, *, crop: int = 48, count: int = 64, width: int = 64, blocks: int = 16) -> None:
     """EDSR x4 on the centres of Urban100; seeds choose the images, ten each.
 
     Reads edsr/edsr_baseline_x4.safetensors (the published weights, with their names) and urban100/*.png.
     """
-    net = load_edsr(run.data("edsr/edsr_baseline_x4.safetensors", "EDSR weights"), width, blocks).to(run.device)
-    folder = run.data("urban100", "the images of Urban100")
-    files = sorted(folder.glob("*.png"))
-    if not files:
-        raise MissingData(f"{folder} holds no PNG files: this scale reads the images of Urban100 there")
+    path = run.data("edsr/edsr_baseline_x4.safetensors", "EDSR weights")
+    net = load_weights(EDSR(width, blocks), path, ignore=("sub_mean", "add_mean")).to(run.device)
+    files = images_in(run, "urban100", "the images of Urban100")
     bicubic = nn.Upsample(scale_factor=4, mode="bicubic", align_corners=False)
     for seed in run.track(run.seeds, "seeds"):
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))[:10].tolist()
+        order = drawn(len(files), seed)
         for i in run.track(order, "images"):
-            x = centre(files[i], 4 * crop).to(run.device)
+            x = read_image(files[i], 4 * crop).to(run.device)
             x = F.interpolate(x, scale_factor=0.25, mode="bicubic", antialias=True, align_corners=False)
             scope = LinearInterpreter(net, x)
             record_error(run, scope, seed, "EDSR")
@@ -526,32 +417,77 @@ def full_study(run: Run, *, crop: int = 48, count: int = 64, width: int = 64, bl
                 OURS, "residual / output", float(scope.residual.norm() / scope.output.norm()), seed=seed, network="EDSR"
             )
             if seed == run.seeds[0] and i == order[0]:
-                draw_singular_images(run, grey(ours.V[0]), grey(theirs.V[0]))
+                draw_singular_images(run, grey(ours.V[0]), grey(theirs.V[0]), "Singular images, EDSR")
 
 
-def load_edsr(path: Path, width: int, blocks: int) -> EDSR:
-    """Raises ValueError where the file's tensors are not those of the network."""
-    from safetensors.torch import load_file
+def image_classifiers(
+    run: Run, *, size: int = 224, short: int = 256, networks: dict[str, Callable[[], nn.Module]] | None = None
+) -> None:
+    """VGG19 and ResNet152 on ImageNet's validation images; seeds choose them, fifty each.
 
-    net = EDSR(width, blocks)
-    state = {k: v for k, v in load_file(path).items() if not k.startswith(("sub_mean", "add_mean"))}
+    Reads imagenet/vgg19.safetensors and imagenet/resnet152.safetensors (the published weights, with their names) and
+    imagenet/val/<class>/*.JPEG; classes are numbered by the names of their folders, in order.
+    """
+    folder = run.data("imagenet/val", "ImageNet's validation images, a folder for each class")
+    files, classes = labelled_images(folder)
+    for name, make in (networks or {"vgg19": VGG, "resnet152": ResNet}).items():
+        path = run.data(f"imagenet/{name}.safetensors", f"weights of {name}")
+        net = Standardised(load_weights(make(), path)).to(run.device).eval()
+        for seed in run.track(run.seeds, f"seeds of {name}"):
+            order = drawn(len(files), seed, 50)
+            for i in run.track(order, "images"):
+                path, truth = files[i]
+                scope = LinearInterpreter(net, read_image(path, size, short=short).to(run.device))
+                if scope.output.shape[1] != len(classes):
+                    raise ValueError(f"{name} has {scope.output.shape[1]} classes, {folder} {len(classes)} folders")
+                record_error(run, scope, seed, name)
+                setting: dict[str, Any] = {"seed": seed, "network": name, "image": path.stem}
+                for method, scores in (
+                    ("network", scope.output), ("residual alone", scope.residual), ("F x alone", scope.linear_part)
+                ):  # fmt: skip
+                    run.record(method, "accuracy, ImageNet", float(scores.argmax() == truth), **setting)
+                share = float(scope.residual_share())
+                run.record(OURS, "share of the residual in centred scores, ImageNet", share, **setting)
+                if seed == run.seeds[0] and i == order[0]:
+                    run.figure(plot_votes(scope, 1), f"Votes on an image, {name}", VOTES_CAPTION)
+
+
+def horses_and_zebras(run: Run, *, size: int = 256, width: int = 64, blocks: int = 9, rows: int = 16) -> None:
+    """CycleGAN's two generators on the test images of both sides: how far rows look, and what the residual carries.
+
+    Reads cyclegan/A2B.safetensors and cyclegan/B2A.safetensors (published weights, with their names), and images in
+    cyclegan/testA and cyclegan/testB.
+    """
+    for side, other in ("AB", "BA"):
+        path = run.data(f"cyclegan/{side}2{other}.safetensors", f"weights of the generator from {side} to {other}")
+        net = load_weights(CycleGenerator(width, blocks), path).to(run.device)
+        files = images_in(run, f"cyclegan/test{side}", f"test images of side {side}")
+        for seed in run.track(run.seeds, f"seeds, {side} to {other}"):
+            generator = torch.Generator().manual_seed(seed)
+            for i in run.track(drawn(len(files), seed), "images"):
+                scope = LinearInterpreter(net, 2 * read_image(files[i], size, short=size).to(run.device) - 1)
+                record_error(run, scope, seed, f"{side}2{other}")
+                setting: dict[str, Any] = {"seed": seed, "network": f"{side}2{other}", "image": files[i].stem}
+                share = template_share(scope.residual, scope.linear_part)
+                run.record(OURS, "template share, CycleGAN", float(share.mean()), **setting)
+                at = torch.randint(size, (rows, 2), generator=generator).to(run.device)
+                picked = torch.zeros(rows, *scope.output.shape, device=run.device)
+                picked[torch.arange(rows), 0, :, at[:, 0], at[:, 1]] = 1 / 3  # the grey value at a random place
+                found = gaze(scope.rmatvec(picked)[:, 0].abs().mean(1)[:, None], at[:, None].to(picked.dtype))
+                run.record(OURS, "distance that rows look at, CycleGAN", float(found.mean_distance.mean()), **setting)
+
+
+def images_in(run: Run, relative: str, what: str) -> list[Path]:
+    folder = run.data(relative, what)
     try:
-        net.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the weights of EDSR x4: {error}") from error
-    return net.eval()
+        return image_files(folder)
+    except ValueError as error:
+        raise MissingData(f"{error}: this scale reads {what} there") from error
 
 
-def centre(path: Path, size: int) -> Float[Tensor, "1 3 size size"]:
-    import numpy as np
-    from PIL import Image
-
-    with Image.open(path) as image:
-        pixels = torch.as_tensor(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
-    if min(pixels.shape[1:]) < size:
-        raise ValueError(f"{path} must be at least {size} x {size} pixels, got {tuple(pixels.shape[1:])}")
-    top, left = ((s - size) // 2 for s in pixels.shape[1:])
-    return pixels[None, :, top : top + size, left : left + size]
+def drawn(count: int, seed: int, most: int = 10) -> list[int]:
+    """So many indices, or all where there are fewer."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].tolist()
 
 
 def grey(images: Float[Tensor, "k 3 h w"]) -> Float[Tensor, "k h w"]:

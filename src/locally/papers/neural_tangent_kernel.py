@@ -2,7 +2,8 @@
 
 The paper's three studies: the kernel on the unit circle over width, trained networks against the predicted band, and
 learning along one principal component. The first two have the paper's own set-up; the third uses scikit-learn's digits,
-and MNIST at paper scale.
+and MNIST at paper scale. That scale also classifies CIFAR-10 with the kernels of convolutional networks (Arora et al.,
+arXiv 1904.11955).
 """
 
 import gzip
@@ -20,14 +21,25 @@ from scipy.stats import norm
 from sklearn.datasets import load_digits
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel
+from sklearn.kernel_ridge import KernelRidge
 from torch import Tensor, nn
 
-from locally.evidence import Run
+from locally.evidence import MissingData, Run
 from locally.plots import canvas
 from locally.tangent.kernel import InfiniteNetwork, KernelFlow, NTKLinear, PrincipalComponents, empirical_ntk, ensemble
+from locally.training.local_learning.images import ImageSet, read_cifar10
 
 BETA = 0.1  # of the biases, everywhere
 NETWORK, THEORY, RBF_PROCESS = "ReLU network", "infinite width", "Gaussian process, RBF (scikit-learn)"
+
+
+@dataclass(frozen=True)
+class Convolutional:
+    """Images to learn from and to be tested on, and the numbers of convolutions."""
+
+    train: int
+    test: int
+    depths: Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,7 @@ class Study:
     band_steps: int
     component_widths: Sequence[int]  # empty leaves the study out
     mnist: bool
+    convolutional: Convolutional | None = None
 
 
 def experiment(run: Run) -> None:
@@ -59,13 +72,17 @@ def experiment(run: Run) -> None:
                 1000,
                 (100, 1000, 10000),
                 True,
+                Convolutional(1000, 1000, (5, 10)),
             ),
         ),
     )
 
 
 def carry_out(run: Run, study: Study) -> None:
+    data = cifar10(run) if study.convolutional else None  # what is missing is said before hours of work
     for seed in run.track(run.seeds, "seeds"):
+        if study.convolutional and data is not None:
+            classify(run, data, study.convolutional, seed)
         if study.widths:
             kernel_over_width(run, study, seed)
         bands = {w: band(run, w, study, seed) for w in run.track(study.band_widths, "trained networks")}
@@ -301,3 +318,56 @@ def plot_components(run: Run, curves: dict[int, Curve]) -> None:
     axes.set(xlabel="steps of gradient descent", ylabel="learnt of the second component")
     axes.legend()
     run.figure(figure, "component", "Narrow networks learn faster than the fixed kernel says; wide ones follow it.")
+
+
+# Convolutional kernels on CIFAR-10 -----------------------------------------------------------------------------------
+
+RIDGE = 1e-6  # in multiples of the kernel's mean diagonal
+POOLED, FLAT = "convolutional kernel, pooled", "convolutional kernel, flattened"
+ACCURACY = "accuracy on CIFAR-10"
+
+
+def cifar10(run: Run) -> ImageSet:
+    """From cifar10/cifar10.zip (train/<class>/*.jpg and test/<class>/*.jpg or .png), or the binary files in cifar10."""
+    folder = run.data("cifar10", "CIFAR-10, as cifar10.zip of class folders or in its binary files")
+    path = folder / "cifar10.zip"
+    try:
+        return read_cifar10(path if path.exists() else folder)
+    except FileNotFoundError as error:
+        raise MissingData(f"{folder} holds neither cifar10.zip nor CIFAR-10's binary files: {error}") from error
+
+
+def classify(run: Run, data: ImageSet, study: Convolutional, seed: int) -> None:
+    """Kernel regression on one-hot classes with networks of He's variance and without biases, as Arora et al. do."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, tested = (
+        torch.randperm(len(y), generator=generator)[:count]
+        for y, count in ((data.y, study.train), (data.y_test, study.test))
+    )
+    x, x_test = (t.double().to(run.device) for t in (data.x[rows], data.x_test[tested]))
+    classes = int(data.y.max()) + 1
+    targets = np.eye(classes)[data.y[rows].numpy()] - 1 / classes
+    truth = data.y_test[tested].numpy()
+    he = math.sqrt(2)
+    for depth in run.track(study.depths, "depths"):
+        reached = {}
+        networks = {
+            POOLED: InfiniteNetwork.cnn(depth, pooling=True, w_std=he, b_std=0.0),
+            FLAT: InfiniteNetwork.cnn(depth, w_std=he, b_std=0.0),
+            "dense kernel": InfiniteNetwork.mlp(depth, w_std=he, b_std=0.0),
+        }
+        for method, network in zip(run.track(list(networks), "kernels"), networks.values()):
+            a, b = (x, x_test) if method != "dense kernel" else (x.flatten(1), x_test.flatten(1))
+            flow = KernelFlow(network.ntk(a).cpu().numpy(), targets, ridge=RIDGE)
+            cross = [network.ntk(part, a).cpu().numpy() for part in run.track(b.split(50), "test images")]
+            found = flow.test(math.inf, np.concatenate(cross)).argmax(1)
+            reached[method] = float((found == truth).mean())
+            run.record(method, ACCURACY, reached[method], seed=seed, depth=depth, examples=len(x))
+        run.record(
+            POOLED, f"{ACCURACY} above that without pooling", reached[POOLED] - reached[FLAT], seed=seed, depth=depth
+        )
+    flat, flat_test = (t.flatten(1).cpu().numpy() for t in (x, x_test))
+    width = 1 / (flat.shape[1] * flat.var())
+    ridge = KernelRidge(kernel="rbf", gamma=width, alpha=RIDGE).fit(flat, targets)
+    right = (ridge.predict(flat_test).argmax(1) == truth).mean()
+    run.record("kernel ridge, RBF (scikit-learn)", ACCURACY, float(right), seed=seed, examples=len(x))

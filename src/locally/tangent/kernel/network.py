@@ -14,7 +14,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from locally.checks import check_choice, check_count, check_finite
-from locally.tangent.kernel import fused, reference
+from locally.tangent.kernel import fused, reference, tiles
 from locally.tangent.kernel.duals import Nonlinearity
 from locally.tangent.kernel.layers import (
     Activation,
@@ -183,7 +183,7 @@ class InfiniteNetwork:
             raise ValueError(f"x1 and x2 differ: {tuple(a.shape)} on {a.device} and {tuple(b.shape)} on {b.device}")
         program = compile_layers(self.layers, tuple(a.shape[1:]))
         plain = a.device.type == "cpu" and not a.requires_grad and not (b is not None and b.requires_grad)
-        can = plain and fused.is_compiled(program)
+        can = plain and tiles.is_compiled(program)
         if backend == "compiled" and not can:
             raise ValueError('backend "compiled" needs the CPU, no gradients and nonlinearities with a closed form')
         small = len(a) * len(a if b is None else b) * program.numbers <= SMALL and progress is None
@@ -222,7 +222,7 @@ def compiled(
 ) -> tuple[ndarray, ndarray]:
     v1, own = own_kernels(program, x1)
     v2 = v1 if x2 is None else own_kernels(program, x2)[0]
-    nngp, ntk = fused.kernels(program, x1, x2, v1, v2, threads, progress)
+    nngp, ntk = tiles.kernels(program, x1, x2, v1, v2, threads, progress)
     if x2 is None:
         for K, diagonal in zip((nngp, ntk), own):
             fused.mirror(K, diagonal.numpy())

@@ -15,7 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locally.tangent.lipschitz.relaxations import EPS, Lines
+from locally.tangent.lipschitz.intervals import EPS
+from locally.tangent.lipschitz.relaxations import Lines
 
 Function = Callable[[Tensor], Tensor]
 
@@ -57,6 +58,10 @@ class PiecewiseLinear:
         a = self.negative_slope
         sl, su = torch.where(below >= 0, 1.0, sl), torch.where(below >= 0, 1.0, su)
         return torch.where(above <= 0, a, sl), torch.where(above <= 0, a, su)
+
+    def backward(self, g: Tensor, z: Tensor) -> Tensor:
+        """Rows g (n, s, *shape) times the derivative at the points z (n, *shape)."""
+        return g * self.derivative(z)[:, None]
 
     def split_point(self, l: Tensor, u: Tensor) -> Tensor:
         return torch.zeros_like(l)
@@ -117,6 +122,10 @@ class Smooth:
 
     def sides(self, l: Tensor, u: Tensor, below: Tensor, above: Tensor) -> tuple[Tensor, Tensor]:
         return self.slopes(l, u)
+
+    def backward(self, g: Tensor, z: Tensor) -> Tensor:
+        """Rows g (n, s, *shape) times the derivative at the points z (n, *shape)."""
+        return g * self.derivative(z)[:, None]
 
     def split_point(self, l: Tensor, u: Tensor) -> Tensor:
         return (l + u) / 2

@@ -1,12 +1,15 @@
 """The product of layer norms: a global constant, no box, no propagation."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from locally.tangent.lipschitz.activations import Activation, PiecewiseLinear
+from locally.tangent.lipschitz.intervals import EPS
 from locally.tangent.lipschitz.network import Network, Node, Sum
+from locally.tangent.lipschitz.normalisation import Normalisation
 from locally.tangent.lipschitz.norms import INF, largest_singular
-from locally.tangent.lipschitz.relaxations import EPS
 
 DENSE = 2**24  # entries of a layer's matrix that are formed for its l_2 norm
 
@@ -18,6 +21,8 @@ def product_of_norms(net: Network, spec: Tensor, ord: float) -> Tensor:
         inputs = [constants[u] for u in node.inputs]
         if isinstance(node.op, Sum):
             total = torch.stack(inputs).sum()
+        elif isinstance(node.op, Normalisation):
+            total = inputs[0] * steepest_normalisation(node.op, node.shape, ord)
         elif isinstance(node.op, Activation):
             total = inputs[0] * steepest(node.op)
         else:
@@ -26,6 +31,16 @@ def product_of_norms(net: Network, spec: Tensor, ord: float) -> Tensor:
     size = spec.abs()
     last = {INF: size.sum(1).amax(), 1: size.sum(0).amax()}.get(ord)
     return constants[-1] * (largest_singular(spec) if last is None else last) * (1 + net.gamma)
+
+
+def steepest_normalisation(op: Normalisation, shape: tuple[int, ...], ord: float) -> float:
+    """Largest norm of (I - y y^T / d) / sigma. It is symmetric with eigenvalues in [0, 1 / sqrt(eps)].
+
+    A row's l_1 norm, with a = |y_i|, is at most 1 - a^2 / d + a sqrt((d - 1) (d - a^2)) / d (Cauchy-Schwarz, as
+    |y|^2 <= d), whose largest value is (1 + sqrt(d)) / 2.
+    """
+    rows = 1.0 if ord == 2 else (1 + math.sqrt(op.count(shape))) / 2
+    return rows / math.sqrt(op.eps) * (1 + 8 * EPS)
 
 
 def steepest(op: Activation) -> float:

@@ -24,6 +24,8 @@ from locally.tangent.lipschitz.budget import Budget
 from locally.tangent.lipschitz.gradients import GradientBounds, gradient_bounds, repeat_heads
 from locally.tangent.lipschitz.leaves import inspect
 from locally.tangent.lipschitz.network import Network
+from locally.tangent.lipschitz.normalisation import Normalisation
+from locally.tangent.lipschitz.normalised_gradients import NormalisedProduct
 from locally.tangent.lipschitz.norms import INF, matrix_norm, row_norms
 from locally.tangent.lipschitz.propagation import Box, Forward, ForwardBounds, Splits
 
@@ -125,6 +127,7 @@ class Problem:
         lower, upper = (t.reshape(len(domains), heads, -1) for t in (gradients.lower[0], gradients.upper[0]))
         values = matrix_norm(lower, upper, rows, self.ord)
         scores = self._scores(gradients, slopes, kept).view(len(domains), heads, -1).sum(1)
+        scores = torch.where(self._splittable(forward), scores, 0.0)
         points = torch.cat(
             [
                 self.net.nodes[v].op.split_point(*(t[u].flatten(1) for t in (forward.lower, forward.upper)))
@@ -148,6 +151,16 @@ class Problem:
             if not gone
         ]
 
+    def _splittable(self, forward: ForwardBounds) -> Tensor:
+        """(domains, units): a normalisation's value can be open because of the others', with nothing left to halve."""
+        wide = []
+        for v in self.starts:
+            (u,) = self.net.nodes[v].inputs
+            width = (forward.upper[u] - forward.lower[u]).flatten(1)
+            normalised = isinstance(self.net.nodes[v].op, Normalisation)
+            wide.append(width > 1e-12 if normalised else torch.ones_like(width, dtype=torch.bool))
+        return torch.cat(wide, dim=1)
+
     def _scores(self, b: GradientBounds, slopes: dict, kept: dict[int, Tensor]) -> Tensor:
         """(heads, units); 0 where the slope is known."""
         scores = []
@@ -159,11 +172,13 @@ class Problem:
                 continue
             lines, A = b.products[v], kept[v][:, 0]
             gl, gu = b.lower[v], b.upper[v]
+            if isinstance(lines, NormalisedProduct):
+                is_open = su[:, 0] - sl[:, 0] > 1e-12
+                scores.append(torch.where(is_open, lines.cost(A).clamp(min=0) + 1e-100, 0.0).flatten(1))
+                continue
             match self.score:
                 case Score.GAP:
-                    middle = (gl + gu) / 2
-                    slope = lines.upper_slope - lines.lower_slope
-                    score = A.abs() * (slope * middle + lines.upper_intercept - lines.lower_intercept)
+                    score = A.abs() * lines.gap((gl + gu) / 2)
                 case Score.AREA:
                     score = A.abs() * (gu * gu.abs() - gl * gl.abs()) + 1
                 case Score.BABSR:

@@ -90,6 +90,9 @@ def exact_row_norm(
     net: Network, box: Box, forward: ForwardBounds, spec: Tensor, budget: Budget, time_limit: float
 ) -> ExactRow:
     """max over the box of the l_1 norm of spec . J, for one box (a batch of one) and one row `spec` (outputs,)."""
+    for v in net.activations:
+        if not isinstance(net.nodes[v].op, PiecewiseLinear):
+            raise ValueError(f'method="exact" needs piecewise linear activations, got {net.nodes[v].path}')
     flat = lambda t: t[0].flatten().cpu().numpy()
     gradients = gradient_bounds(net, forward.slopes, spec[None], budget)
     p = Programme()
@@ -152,8 +155,6 @@ def forward_activation(
     p: Programme, node: Node, x: dict[int, np.ndarray], y: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """y = max(a z, z) with a binary per unit (fixed where the unit is stable); returns it and the slope a."""
-    if not isinstance(node.op, PiecewiseLinear):
-        raise ValueError(f'method="exact" needs piecewise linear activations, got {node.path}')
     a, z = node.op.negative_slope, x[node.inputs[0]]
     on = p.variables((low > 0).astype(float), (high >= 0).astype(float), whole=True)
     wide = np.maximum(abs(low), abs(high)) + 1e-6

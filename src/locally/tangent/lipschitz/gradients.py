@@ -1,11 +1,13 @@
 """Bounds on gradients: the network's backward pass, bounded as the forward pass is.
 
 The gradient at the output is a known row for each head; walking back, an affine map transposes, and an activation
-multiplies by a slope in [sl, su] (the Clarke chain rule). Rows of coefficients at some gradient are pushed towards the
-output, where they meet the known row; each product on the way is replaced by chords (`relaxations.clarke_product`).
-Shi et al., arXiv 2210.07394, sections 3.2 and 3.3.
+multiplies by a slope in [sl, su] (the Clarke chain rule); a normalisation is a chain of such products
+(`normalised_gradients`). Rows of coefficients at some gradient are pushed towards the output, where they meet the known
+row; each product on the way is replaced by chords (`relaxations.clarke_product`). Shi et al., arXiv 2210.07394,
+sections 3.2 and 3.3.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +16,19 @@ from torch import Tensor
 
 from locally.tangent.lipschitz.activations import Activation
 from locally.tangent.lipschitz.budget import Budget
-from locally.tangent.lipschitz.network import Network, Sum, gather
-from locally.tangent.lipschitz.propagation import centre_radius, dot, magnitude, one_hot, through
-from locally.tangent.lipschitz.relaxations import EPS, Lines, Relaxation, clarke_product, product_range
+from locally.tangent.lipschitz.intervals import EPS, centre_radius, dot, magnitude
+from locally.tangent.lipschitz.network import NONLINEAR, Network, Sum, gather
+from locally.tangent.lipschitz.normalisation import Normalisation
+from locally.tangent.lipschitz.normalised_gradients import (
+    NormalisedProduct,
+    mean_product,
+    normalised_product,
+    projection,
+)
+from locally.tangent.lipschitz.propagation import one_hot, through
+from locally.tangent.lipschitz.relaxations import Lines, Relaxation, clarke_product, product_range
+
+Push = Callable[[Tensor], tuple[Tensor, Tensor]]  # rows on a value behind g_v: rows on g_v, and what to add
 
 
 @dataclass
@@ -25,14 +37,14 @@ class GradientBounds:
 
     Attributes:
         lower, upper: per node, (heads, *shape); those of node 0 bound the rows of the Jacobian.
-        products: per activation node, lines on J = s g in terms of g.
-        reach: per node, what an error of relative size 1 in one step would cost.
+        products: per activation node, lines on J = s g in terms of g; per normalisation, its chain of products.
+        reach: per node that is not a sum or normalisation, what an error of relative size 1 in one step would cost.
         spec: (heads, outputs), the gradient at the output.
     """
 
     lower: dict[int, Tensor]
     upper: dict[int, Tensor]
-    products: dict[int, Lines]
+    products: dict[int, Lines | NormalisedProduct]
     reach: dict[int, Tensor]
     spec: Tensor
 
@@ -63,13 +75,13 @@ def gradient_bounds(
             sl, su = slopes[v]
             if relaxation is not Relaxation.INTERVAL:
                 # a known slope needs no lines, and a known gradient no tighter interval
-                matters = (su > sl) & (upper - lower > 4 * EPS * magnitude(lower, upper))
-                refine(net, b, v, matters.flatten(1).any(0), budget)
+                refine(net, b, v, (su > sl) & is_wide(lower, upper), budget)
                 lower, upper = b.lower[v], b.upper[v]
-            b.products[v] = clarke_product(lower, upper, sl, su, relaxation)
-            slope, intercept = b.products[v].magnitude
-            b.reach[v] = slope * magnitude(lower, upper) + intercept
+            lines = clarke_product(lower, upper, sl, su, relaxation)
+            b.products[v], b.reach[v] = lines, lines.reach(magnitude(lower, upper))
             add_interval(b, node.inputs[0], *product_range(lower, upper, sl, su), net.gamma)
+        elif isinstance(node.op, Normalisation):
+            add_interval(b, node.inputs[0], *normalised(net, b, v, node.op, slopes[v], budget, relaxation), net.gamma)
         else:
             centre, radius = centre_radius(lower, upper)
             reach = node.op.spread_back(magnitude(lower, upper))
@@ -79,9 +91,40 @@ def gradient_bounds(
     if 0 not in b.lower:
         b.lower[0] = b.upper[0] = spec.new_zeros(len(spec), *net.nodes[0].shape)
     elif refine_input and relaxation is not Relaxation.INTERVAL:
-        wide = b.upper[0] - b.lower[0] > 4 * EPS * magnitude(b.lower[0], b.upper[0])
-        refine(net, b, 0, wide.flatten(1).any(0), budget)
+        refine(net, b, 0, is_wide(b.lower[0], b.upper[0]), budget)
     return b
+
+
+def normalised(
+    net: Network,
+    b: GradientBounds,
+    v: int,
+    op: Normalisation,
+    slopes: tuple[Tensor, Tensor],
+    budget: Budget,
+    relaxation: Relaxation,
+) -> tuple[Tensor, Tensor]:
+    """Fill in the products of normalisation v; returns the interval of the gradient before it."""
+    gamma = net.gamma
+    y, scale = ((slopes[0][:, part], slopes[1][:, part]) for part in (0, 1))
+    rows = relaxation is not Relaxation.INTERVAL
+    if rows:
+        refine(net, b, v, is_wide(b.lower[v], b.upper[v]), budget)
+    g = b.lower[v], b.upper[v]
+    mean, *t = mean_product(op, g, y, gamma, relaxation)
+    if rows:
+        t = tighten(net, b, v, t, lambda A: mean.push(A, gamma), is_wide(*t), budget)
+    inner, *z = projection(mean, g, (t[0], t[1]), y, gamma, relaxation)
+    if rows:
+        z = tighten(net, b, v, z, lambda A: inner.push(A, gamma), is_wide(*z), budget)
+    product, low, high = normalised_product(inner, g, (t[0], t[1]), (z[0], z[1]), y, scale, relaxation)
+    b.products[v] = product
+    return low, high
+
+
+def is_wide(lower: Tensor, upper: Tensor) -> Tensor:
+    """Where an interval holds more than rounding."""
+    return upper - lower > 4 * EPS * magnitude(lower, upper)
 
 
 def add_interval(b: GradientBounds, u: int, lower: Tensor, upper: Tensor, gamma: float) -> None:
@@ -92,19 +135,28 @@ def add_interval(b: GradientBounds, u: int, lower: Tensor, upper: Tensor, gamma:
 
 
 def refine(net: Network, b: GradientBounds, v: int, needed: Tensor, budget: Budget) -> None:
-    """Intersect the interval of the gradient at node v with what bound propagation gives, for the needed units."""
-    units = needed.nonzero()[:, 0]
+    """Tighten the interval of the gradient at node v, for the units needed in any head."""
+    nothing = lambda A: (A, A.new_zeros(()))
+    b.lower[v], b.upper[v] = tighten(net, b, v, [b.lower[v], b.upper[v]], nothing, needed, budget)
+
+
+def tighten(
+    net: Network, b: GradientBounds, v: int, interval: list[Tensor], push: Push, needed: Tensor, budget: Budget
+) -> list[Tensor]:
+    """Intersect the interval of a value that `push` expresses in g_v with what bound propagation gives."""
+    units = needed.flatten(1).any(0).nonzero()[:, 0]
     if not len(units):
-        return
-    shape = b.lower[v].shape
-    lower, upper = b.lower[v].flatten(1).clone(), b.upper[v].flatten(1).clone()
+        return interval
+    shape = interval[0].shape
+    lower, upper = (end.flatten(1).clone() for end in interval)
     for some in budget.chunks(units, len(b.spec), 2):
-        rows = one_hot(some, net.nodes[v].shape, b.spec)
-        high, low = push_rows(net, v, torch.cat([rows, -rows], dim=1), b).split(len(some), dim=1)
+        unit = one_hot(some, tuple(shape[1:]), b.spec)
+        rows, shift = push(torch.cat([unit, -unit], dim=1))
+        high, low = (push_rows(net, v, rows, b) + shift).split(len(some), dim=1)
         upper[:, some] = torch.minimum(upper[:, some], high)
         lower[:, some] = torch.maximum(lower[:, some], -low)
     low, high = torch.minimum(lower, upper), torch.maximum(lower, upper)  # a point, up to rounding
-    b.lower[v], b.upper[v] = low.view(shape), high.view(shape)
+    return [low.view(shape), high.view(shape)]
 
 
 def push_rows(
@@ -132,15 +184,16 @@ def push_rows(
                 A = coefficients[u]
                 bound = bound + gamma * dot(A.abs(), magnitude(b.lower[v], b.upper[v]))
                 gather(coefficients, v, A if node.op.signs[k] > 0 else -A)
-        elif isinstance(node.op, Activation):
+        elif isinstance(node.op, NONLINEAR):
             A = coefficients[node.inputs[0]]
             if kept is not None:
                 kept[v] = A
-            lines = b.products[v]
-            up, down = A.clamp(min=0), A.clamp(max=0)
-            slack = gamma * b.reach[v]
-            bound = bound + dot(up, lines.upper_intercept + slack) + dot(down, lines.lower_intercept - slack)
-            coefficients[v] = up * lines.upper_slope[:, None] + down * lines.lower_slope[:, None]
+            product = b.products[v]
+            if isinstance(product, NormalisedProduct):
+                coefficients[v], shift = product.push(A, gamma)
+            else:
+                coefficients[v], shift = product.pull(A, gamma * b.reach[v])
+            bound = bound + shift
         else:
             A = coefficients[node.inputs[0]]
             bound = bound + gamma * dot(A.abs(), b.reach[v])

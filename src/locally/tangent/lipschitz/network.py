@@ -1,4 +1,4 @@
-"""A network as the graph that bounds travel through: affine maps, sums, and entrywise activations."""
+"""A network as the graph that bounds travel through: affine maps, sums, activations, normalisations."""
 
 import math
 from dataclasses import dataclass, field
@@ -9,13 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from locally.tangent.lipschitz.activations import (
-    Activation,
-    PiecewiseLinear,
-)
-from locally.tangent.lipschitz.operations import (
-    Affine,
-)
+from locally.tangent.lipschitz.activations import Activation
+from locally.tangent.lipschitz.normalisation import Normalisation
+from locally.tangent.lipschitz.operations import Affine
+
+NONLINEAR = Activation | Normalisation
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,7 @@ class Sum:
 class Node:
     """One value in the graph. `op` is None for the input; `path` names the module it came from."""
 
-    op: Any  # Affine | Sum | Activation | None
+    op: Any  # Affine | Sum | Activation | Normalisation | None
     inputs: tuple[int, ...]
     shape: tuple[int, ...]
     path: str
@@ -53,7 +51,8 @@ class Network:
 
     @property
     def activations(self) -> list[int]:
-        return [v for v, node in enumerate(self.nodes) if isinstance(node.op, Activation)]
+        """Nodes that are not linear, normalisations among them."""
+        return [v for v, node in enumerate(self.nodes) if isinstance(node.op, NONLINEAR)]
 
     @property
     def hidden(self) -> int:
@@ -85,8 +84,6 @@ class Network:
             match node.op:
                 case Sum(signs):
                     values.append(sum(s * values[u] for s, u in zip(signs, node.inputs)))  # type: ignore[arg-type]
-                case PiecewiseLinear():
-                    values.append(node.op(first))
                 case op if is_affine(op):
                     out = op.push(first)
                     values.append(out if op.bias is None else out + op.bias)
@@ -112,7 +109,7 @@ class Network:
                     gather(grads, node.inputs[0], back.reshape(n, s, *back.shape[1:]))
                 case op:
                     u = node.inputs[0]
-                    gather(grads, u, g * op.derivative(values[u])[:, None])
+                    gather(grads, u, op.backward(g, values[u]))
         zero = x.new_zeros(n, s, self.nodes[0].size)
         return grads[0].reshape(n, s, -1) if 0 in grads else zero
 

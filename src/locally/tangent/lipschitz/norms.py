@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from locally.tangent.lipschitz.gradients import GradientBounds, push_rows
+from locally.tangent.lipschitz.intervals import EPS, centre_radius, magnitude
 from locally.tangent.lipschitz.network import Network
-from locally.tangent.lipschitz.propagation import centre_radius, magnitude
-from locally.tangent.lipschitz.relaxations import EPS, absolute_value, square
+from locally.tangent.lipschitz.relaxations import absolute_value, square
 
 INF = math.inf
 

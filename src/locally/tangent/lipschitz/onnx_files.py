@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from locally.checks import check_finite
 from locally.tangent.lipschitz.activations import Activation, gelu, gelu_tanh, leaky_relu, relu, sigmoid, softplus, tanh
+from locally.tangent.lipschitz.layers import Builder, add_max_pool
 from locally.tangent.lipschitz.network import Network
 from locally.tangent.lipschitz.operations import Convolution, Dense, Diagonal, normalisation
-from locally.tangent.lipschitz.reading import Builder, add_max_pool
 
 
 def read_onnx(path: str | Path, device: torch.device | str = "cpu") -> Network:
@@ -125,7 +125,21 @@ class Graph:
             scale, shift, mean, variance = operands[1:5]
             epsilon = at.get("epsilon", 1e-5)
             return b.affine(normalisation(mean, variance, scale, shift, epsilon, len(b.nodes[x].shape)), x, where)
+        if kind in ("LayerNormalization", "RMSNormalization"):
+            return self._normalisation(kind, x, operands, at, where)
         return self._shape_or_pool(kind, x, operands, at, where)
+
+    def _normalisation(self, kind: str, x: int, operands: list[Any], at: dict[str, Any], where: str) -> int:
+        shape = self.builder.nodes[x].shape
+        axis = at.get("axis", -1)
+        first = axis - 1 if axis > 0 else axis + len(shape)
+        if axis == 0 or first < 0:
+            raise ValueError(f"path: {where} normalises over the batch, which is not supported")
+        bias = operands[2] if len(operands) > 2 else None
+        centred = kind == "LayerNormalization"
+        return self.builder.normalise(
+            shape[first:], at.get("epsilon", 1e-5), operands[1], bias, x, where, centred=centred
+        )
 
     def _arithmetic(self, kind: str, left: Any, right: Any, where: str) -> int | Tensor:
         b = self.builder

@@ -135,6 +135,28 @@ class Diagonal(Affine):
         return self.spread(r)
 
 
+class Centring(Affine):
+    """Deviations from the mean over the last `dims` dimensions: a symmetric projection."""
+
+    bias = None
+
+    def __init__(self, dims: int, shape: tuple[int, ...]) -> None:
+        self.axes = tuple(range(-dims, 0))
+        self.terms = math.prod(shape[-dims:])
+
+    def push(self, v: Tensor) -> Tensor:
+        return v - v.mean(self.axes, keepdim=True)
+
+    def pull(self, a: Tensor) -> Tensor:
+        return self.push(a)
+
+    def spread(self, r: Tensor) -> Tensor:
+        return (1 - 2 / self.terms) * r + r.mean(self.axes, keepdim=True)
+
+    def spread_back(self, r: Tensor) -> Tensor:
+        return self.spread(r)
+
+
 class Rearrangement(Affine):
     """A linear map with non-negative coefficients given by a function: flattening, pooling, padding, means, gathers."""
 

@@ -1,12 +1,12 @@
 """Bounds on every value of a network over a box: intervals, tightened by linear bound propagation (CROWN).
 
 A row of coefficients at some node is pulled back to the input; on the way each activation is replaced by the line that
-the sign of its coefficient calls for. Only upper bounds are propagated: the lower bound of z is minus the upper one of
--z. Zhang et al., arXiv 1811.00866 (CROWN); Xu et al., arXiv 2011.13824 (optimised slopes); Wang et al., arXiv
-2103.06624 (multipliers of split constraints).
+the sign of its coefficient calls for (for normalisations see `normalisation`). Only upper bounds are propagated: the
+lower bound of z is minus the upper one of -z. Zhang et al., arXiv 1811.00866 (CROWN); Xu et al., arXiv 2011.13824
+(optimised slopes); Wang et al., arXiv 2103.06624 (multipliers of split constraints).
 
-Soundness in floating point: every step adds gamma |A| (|M| |z|) to the bound, which is more than what rounding can
-have taken from it (`Network.gamma`), so all bounds hold for the network in exact arithmetic with its double-precision
+Soundness in floating point: every step adds gamma |A| (|M| |z|) to the bound, which is more than what rounding can have
+taken from it (`Network.gamma`), so all bounds hold for the network in exact arithmetic with its double-precision
 weights.
 """
 
@@ -20,8 +20,10 @@ from torch import Tensor
 
 from locally.tangent.lipschitz.activations import Activation, PiecewiseLinear
 from locally.tangent.lipschitz.budget import Budget
-from locally.tangent.lipschitz.network import Network, Node, Sum, gather, is_affine
-from locally.tangent.lipschitz.relaxations import EPS, Lines
+from locally.tangent.lipschitz.intervals import centre_radius, dot, magnitude
+from locally.tangent.lipschitz.network import NONLINEAR, Network, Node, Sum, gather, is_affine
+from locally.tangent.lipschitz.normalisation import CoupledLines, Normalisation
+from locally.tangent.lipschitz.relaxations import Lines, square
 
 # Lower slopes per row of coefficients, for the nodes that have them: (batch, rows, *shape)
 Slopes = dict[int, Tensor]
@@ -47,12 +49,6 @@ class Box:
 
     def __len__(self) -> int:
         return len(self.lower)
-
-
-def centre_radius(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre and a radius that reaches both ends in spite of rounding."""
-    centre = (lower + upper) / 2
-    return centre, torch.maximum(upper - centre, centre - lower) * (1 + 2 * EPS)
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,8 @@ class ForwardBounds:
     Attributes:
         lower, upper: (batch, *shape) per node. For the input of an activation they include the splits.
         lines: per activation node.
-        slopes: per activation node, the range of its derivative, (batch, *shape) each.
+        slopes: per activation node, the range of its derivative, (batch, *shape) each; per normalisation, of its
+            values and of 1 / sigma, (batch, 2, *shape) each.
         reach: per node, what an error of relative size 1 in one step would cost.
         infeasible: (batch,), where the splits are proven to contradict each other.
         halfspaces: linear constraints on the input that the splits imply.
@@ -89,7 +86,7 @@ class ForwardBounds:
 
     lower: list[Tensor]
     upper: list[Tensor]
-    lines: dict[int, Lines]
+    lines: dict[int, Lines | CoupledLines]
     slopes: dict[int, tuple[Tensor, Tensor]]
     reach: list[Tensor]
     infeasible: Tensor
@@ -135,7 +132,7 @@ class Forward:
         self.bounds = ForwardBounds([box.lower], [box.upper], {}, {}, [torch.zeros_like(box.lower)], none)
         self.linear = {0}  # nodes that no activation comes before
         for v, node in enumerate(net.nodes[1:], start=1):
-            if isinstance(node.op, Activation):
+            if isinstance(node.op, NONLINEAR):
                 self._activate(v, node, crown)
             else:
                 self._interval(v, node)
@@ -183,15 +180,41 @@ class Forward:
         # rounding may cross the two by less than the slack: a point interval then; infeasible items are dropped anyway
         low, high = torch.minimum(b.lower[u], b.upper[u]), torch.maximum(b.lower[u], b.upper[u])
         b.lower[u], b.upper[u] = low, high
-        b.lines[v] = op.lines(low, high)
-        b.slopes[v] = op.slopes(low, high) if below is None else op.sides(low, high, below, above)
-        slope, intercept = b.lines[v].magnitude
-        b.reach.append(slope.clamp(min=1.0) * magnitude(low, high) + intercept)  # optimised slopes go up to 1
-        lower, upper = op.interval(low, high)
+        if isinstance(op, Normalisation):
+            known = op.within(low, high, self._mean_square(u, op, low, high) if crown else None)
+            b.lines[v], b.slopes[v], (lower, upper) = known.lines(), known.slopes, known.values
+        else:
+            b.lines[v] = op.lines(low, high)
+            b.slopes[v] = op.slopes(low, high) if below is None else op.sides(low, high, below, above)
+            lower, upper = op.interval(low, high)
+        b.reach.append(b.lines[v].reach(magnitude(low, high)))
         b.lower.append(lower)
         b.upper.append(upper)
 
-    def _refine(self, v: int, u: int, op: Activation, below: Tensor | None, above: Tensor | None) -> None:
+    def _mean_square(self, u: int, op: Normalisation, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Bounds on the mean of c^2 over each group of node u, from the lines around each square (`normalisation`)."""
+        d = op.count(self.net.nodes[u].shape)
+        slope, intercept = square(low, high)
+        groups = low[0].numel() // d
+        owner = torch.arange(groups, device=low.device).repeat_interleave(d)
+        found = low.new_empty(2, len(low), groups)
+        for some in self.budget.chunks(torch.arange(groups, device=low.device), len(low), 2):
+            rows = torch.where(owner == some[:, None], (slope / d).flatten(1)[:, None], 0.0)
+            rows = rows.view(len(low), len(some), *low.shape[1:])
+            normal, offset = pull_rows(self.net, u, torch.cat([rows, -rows], dim=1), self.bounds)
+            values = concretise(normal, offset, self.box, self.net.gamma)
+            found[1][:, some], found[0][:, some] = values.split(len(some), dim=1)
+        shape = op.sum(low).shape
+        curve, above = op.mean(slope.square()) / 4, op.mean(intercept)
+        # for every theta, mean(c^2) >= theta least - theta^2 curve: on wide boxes the best theta is below 1
+        least = -found[0].view(shape)
+        theta = (least / (2 * curve).clamp(min=1e-300)).clamp(0, 1)
+        slack = self.net.gamma * (curve + least.abs() + above.abs() + op.mean(intercept.abs()))
+        return theta * least - theta.square() * curve - slack, found[1].view(shape) + above + slack
+
+    def _refine(
+        self, v: int, u: int, op: Activation | Normalisation, below: Tensor | None, above: Tensor | None
+    ) -> None:
         """Tighten the input of activation v where that can matter; with splits, collect what they say about x."""
         b = self.bounds
         if self.splits is None and u in self.linear and len(self._sources(u)) == 1:
@@ -253,24 +276,10 @@ def moves_values(op: object) -> bool:
     return bool(getattr(op, "moves_only", False))
 
 
-def magnitude(lower: Tensor, upper: Tensor) -> Tensor:
-    return torch.maximum(lower.abs(), upper.abs())
-
-
 def one_hot(units: Int[Tensor, " t"], shape: tuple[int, ...], like: Tensor) -> Float[Tensor, "1 t *shape"]:
     rows = like.new_zeros(1, len(units), math.prod(shape))
     rows[0, torch.arange(len(units), device=like.device), units] = 1.0
     return rows.view(1, len(units), *shape)
-
-
-def dot(rows: Tensor, vector: Tensor) -> Tensor:
-    """(b, t, *shape) with (b, *shape) or (*shape): (b, t)."""
-    flat = rows.flatten(2)
-    if vector.ndim < rows.ndim - 1:
-        return flat @ vector.reshape(-1)
-    if len(flat) == 1 < len(vector):
-        return vector.flatten(1) @ flat[0].T
-    return torch.bmm(flat, vector.flatten(1)[:, :, None].expand(len(flat), -1, 1))[..., 0]
 
 
 def through(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
@@ -303,12 +312,9 @@ def pull_rows(
             offset = offset + gamma * dot(A.abs(), bounds.reach[v])
             gather(coefficients, node.inputs[0], through(node.op.pull, A))
         else:
-            lines = bounds.lines[v]
-            up, down = A.clamp(min=0), A.clamp(max=0)
-            slack = gamma * bounds.reach[v]
-            offset = offset + dot(up, lines.upper_intercept + slack) + dot(down, lines.lower_intercept - slack)
-            lower = lines.lower_slope[:, None] if slopes is None or v not in slopes else slopes[v]
-            gather(coefficients, node.inputs[0], up * lines.upper_slope[:, None] + down * lower)
+            back, shift = bounds.lines[v].pull(A, gamma * bounds.reach[v], slopes.get(v) if slopes else None)
+            offset = offset + shift
+            gather(coefficients, node.inputs[0], back)
     A = coefficients.get(0, rows.new_zeros(1, rows.shape[1], *net.nodes[0].shape))
     return A.flatten(2), offset
 

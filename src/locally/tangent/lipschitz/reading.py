@@ -6,16 +6,12 @@ whatever the tracer did not see (state, randomness, changes in place) is refused
 
 import copy
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from locally.checks import check_finite
@@ -29,15 +25,11 @@ from locally.tangent.lipschitz.activations import (
     softplus,
     tanh,
 )
-from locally.tangent.lipschitz.network import Network, Node, Sum
+from locally.tangent.lipschitz.layers import Builder, add_layer, add_max_pool
+from locally.tangent.lipschitz.network import Network
 from locally.tangent.lipschitz.operations import (
-    Affine,
-    Convolution,
     Dense,
     Diagonal,
-    Rearrangement,
-    normalisation,
-    window_indices,
 )
 
 
@@ -55,7 +47,9 @@ def read_module(module: nn.Module, shape: tuple[int, ...], device: torch.device 
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         if tensor.is_floating_point():
             check_finite(f"model: {name}", tensor)
-    twin = copy.deepcopy(module).to(device=device, dtype=torch.float64).requires_grad_(False)
+    twin = copy.deepcopy(module)
+    settle_eps(twin, own_dtype(module))
+    twin.to(device=device, dtype=torch.float64).requires_grad_(False)
     if type(twin).__module__.startswith("torch.nn.") and not isinstance(twin, nn.Sequential):
         twin = nn.Sequential(twin)  # a bare layer: the tracer would look inside
     try:
@@ -114,14 +108,26 @@ def refuse_reuse_after_change(graph: fx.Graph, module: nn.Module) -> None:
 def check_agreement(network: Network, module: nn.Module, shape: tuple[int, ...], device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, *shape, generator=generator, dtype=torch.float64).to(device)
-    own = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros((), dtype=torch.float64))
+    own = own_dtype(module)
     with torch.no_grad():
-        expected = module(x.to(own.dtype, copy=True)).to(torch.float64).reshape(2, -1)
+        expected = module(x.to(own, copy=True)).to(torch.float64).reshape(2, -1)
     found = network(x)
     size = max(1.0, float(expected.abs().max()))
-    tolerance = 1e-7 if own.dtype == torch.float64 else 1e-3
+    tolerance = 1e-7 if own == torch.float64 else 1e-3
     if float((found - expected).abs().max()) > tolerance * size:
         raise ValueError("model: its output differs from its traced graph: does it keep state or draw random numbers?")
+
+
+def own_dtype(module: nn.Module) -> torch.dtype:
+    """What the module computes in: that of its parameters."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float64)
+
+
+def settle_eps(module: nn.Module, dtype: torch.dtype) -> None:
+    """An RMSNorm without eps takes the precision of what it is given: write it down before the precision changes."""
+    for part in module.modules():
+        if isinstance(part, nn.RMSNorm) and part.eps is None:
+            part.eps = torch.finfo(dtype).eps
 
 
 class Reader:
@@ -192,6 +198,8 @@ class Reader:
             return Ref(self.builder.affine(Dense(weight, bias), x.index, where))
         if (activation := function_activation(name, rest, kwargs)) is not None:
             return Ref(self.builder.activation(activation, x.index, where))
+        if name in ("layer_norm", "rms_norm"):
+            return Ref(self._normalise(name, x.index, rest, kwargs, where))
         if name == "dropout":
             return x
         if name in ("max_pool2d", "boolean_dispatch"):
@@ -205,6 +213,20 @@ class Reader:
             call = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
             return Ref(self.builder.rearrange(lambda v: call(v, *rest, **kwargs), x.index, where))  # type: ignore[operator]
         raise ValueError(f"model: {where} is not supported")
+
+    def _normalise(self, name: str, index: int, rest: tuple, kwargs: dict, where: str) -> int:
+        names = (
+            ["normalized_shape", "weight", "bias", "eps"]
+            if name == "layer_norm"
+            else ["normalized_shape", "weight", "eps"]
+        )
+        given = dict(zip(names, rest)) | kwargs
+        if name == "rms_norm" and given.get("eps") is None:
+            raise ValueError(f"model: {where} needs its eps given: the default depends on the input's precision")
+        return self.builder.normalise(
+            given["normalized_shape"], given.get("eps", 1e-5), given.get("weight"), given.get("bias"), index, where,
+            centred=name == "layer_norm",
+        )  # fmt: skip
 
     def _owner(self, node: fx.Node) -> str:
         stack = node.meta.get("nn_module_stack") or {}
@@ -296,149 +318,3 @@ def function_activation(name: str, rest: tuple, kwargs: dict) -> Activation | No
     if name == "gelu":
         return gelu_tanh() if (rest[0] if rest else kwargs.get("approximate", "none")) == "tanh" else gelu()
     return None
-
-
-class Builder:
-    """Appends nodes and keeps their shapes."""
-
-    def __init__(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> None:
-        self.nodes = [Node(None, (), tuple(shape), "input")]
-        self.like = torch.zeros((), dtype=torch.float64, device=device)
-
-    def affine(self, op: Affine, x: int, path: str) -> int:
-        shape = self.nodes[x].shape
-        try:
-            out = op.push(self.like.new_zeros(1, *shape)).shape[1:]
-        except RuntimeError as error:
-            raise ValueError(f"model: {path} does not take an input of shape {shape}: {error}") from error
-        if op.bias is not None and tuple(op.bias.shape) != tuple(out):
-            op.bias = op.bias.expand(out).contiguous()
-        return self._append(Node(op, (x,), tuple(out), path))
-
-    def rearrange(self, function: Callable[[Tensor], Tensor], x: int, path: str) -> int:
-        shape = self.nodes[x].shape
-        trial = torch.stack([self.like.new_zeros(shape), self.like.new_ones(shape)])
-        try:
-            out = function(trial)
-        except RuntimeError as error:
-            raise ValueError(f"model: {path} is not supported: {error}") from error
-        if out.shape[:1] != (2,) or not torch.equal(out[1:], function(trial[1:])):
-            raise ValueError(f"model: {path} mixes the batch dimension with others")
-        return self.affine(Rearrangement(function, shape, self.like), x, path)
-
-    def reshape(self, x: int, shape: tuple[int, ...], path: str) -> int:
-        if shape == self.nodes[x].shape:
-            return x
-        return self.rearrange(lambda v: v.reshape(len(v), *shape), x, path)
-
-    def sum(self, inputs: tuple[int, ...], signs: tuple[float, ...], path: str) -> int:
-        return self._append(Node(Sum(signs), inputs, self.nodes[inputs[0]].shape, path))
-
-    def activation(self, op: Activation, x: int, path: str) -> int:
-        return self._append(Node(op, (x,), self.nodes[x].shape, path))
-
-    def concatenate(self, parts: list[int], dim: int, path: str) -> int:
-        """As a sum of parts that are padded with zeros."""
-        shapes = [self.nodes[p].shape for p in parts]
-        axis = dim - 1 if dim > 0 else dim % len(shapes[0]) if dim < 0 else -1
-        if axis < 0:
-            raise ValueError(f"model: {path} joins along the batch dimension")
-        total, start, padded = sum(s[axis] for s in shapes), 0, []
-        for part, shape in zip(parts, shapes):
-            behind = len(shape) - 1 - axis
-            pads = [0, 0] * behind + [start, total - start - shape[axis]]
-            padded.append(self.rearrange(partial(F.pad, pad=pads), part, path))
-            start += shape[axis]
-        return self.sum(tuple(padded), (1.0,) * len(padded), path)
-
-    def finish(self, out: int) -> Network:
-        out = self.reshape(out, (self.nodes[out].size,), "output")
-        if out == 0:
-            out = self.affine(Diagonal(None, None), out, "output")
-        return Network(self.nodes[: out + 1])
-
-    def _append(self, node: Node) -> int:
-        self.nodes.append(node)
-        return len(self.nodes) - 1
-
-
-def add_layer(b: Builder, part: nn.Module, x: int, path: str) -> int:
-    """Nodes of one torch.nn layer applied to node x."""
-    where = f"{path} ({type(part).__name__})"
-    shape = b.nodes[x].shape
-    try:
-        return _add_layer(b, part, x, where, shape)
-    except RuntimeError as error:
-        raise ValueError(f"model: {where} does not take an input of shape {shape}: {error}") from error
-
-
-def _add_layer(b: Builder, part: nn.Module, x: int, where: str, shape: tuple[int, ...]) -> int:
-    match part:
-        case nn.Linear():
-            return b.affine(Dense(part.weight, part.bias), x, where)
-        case _ConvNd():
-            return add_convolution(b, part, x, where)
-        case _BatchNorm():
-            mean, variance, scale, shift = (part.running_mean, part.running_var, part.weight, part.bias)
-            assert mean is not None
-            assert variance is not None
-            return b.affine(normalisation(mean, variance, scale, shift, part.eps, len(shape)), x, where)
-        case nn.ReLU():
-            return b.activation(relu(), x, where)
-        case nn.LeakyReLU():
-            if part.negative_slope > 1:
-                raise ValueError(f"model: {where} has negative_slope {part.negative_slope:g} > 1: not supported")
-            return b.activation(leaky_relu(part.negative_slope), x, where)
-        case nn.Tanh():
-            return b.activation(tanh(), x, where)
-        case nn.Sigmoid():
-            return b.activation(sigmoid(), x, where)
-        case nn.Softplus():
-            return b.activation(softplus(part.beta), x, where)
-        case nn.GELU():
-            return b.activation(gelu_tanh() if part.approximate == "tanh" else gelu(), x, where)
-        case nn.Flatten() | nn.Unflatten():
-            return b.reshape(x, tuple(part(torch.empty(1, *shape)).shape[1:]), where)
-        case nn.AvgPool1d() | nn.AvgPool2d() | nn.AvgPool3d() | nn.AdaptiveAvgPool1d() | nn.AdaptiveAvgPool2d():
-            return b.rearrange(part, x, where)
-        case nn.ZeroPad1d() | nn.ZeroPad2d() | nn.PixelShuffle() | nn.Upsample(mode="nearest"):
-            return b.rearrange(part, x, where)
-        case nn.MaxPool2d():
-            return add_max_pool(b, part, x, where)
-        case nn.Identity() | _DropoutNd():
-            return x
-    raise ValueError(f"model: {where} is not supported")
-
-
-def add_convolution(b: Builder, part: _ConvNd, x: int, where: str) -> int:
-    if part.padding_mode != "zeros":
-        raise ValueError(f"model: {where} pads by {part.padding_mode}: only zeros are supported")
-    padding: Any = part.padding
-    if padding == "valid":
-        padding = [0] * len(part.kernel_size)
-    elif padding == "same":  # pads more on the right where the kernel is even
-        total = [d * (k - 1) for d, k in zip(part.dilation, part.kernel_size)]
-        sides = [side for t in reversed(total) for side in (t // 2, t - t // 2)]
-        x = b.rearrange(lambda v: F.pad(v, sides), x, where)
-        padding = [0] * len(total)
-    extra = list(part.output_padding) if part.transposed else None
-    op = Convolution(part.weight, part.bias, b.nodes[x].shape, part.stride, padding, part.dilation, part.groups, extra)
-    return b.affine(op, x, where)
-
-
-def add_max_pool(b: Builder, pool: nn.MaxPool2d, x: int, where: str) -> int:
-    """max(a, b) = a + ReLU(b - a), pairwise: the Clarke set of the tree contains that of the maximum."""
-    shape = b.nodes[x].shape
-    if len(shape) != 3:
-        raise ValueError(f"model: {where} needs inputs (N, C, H, W)")
-    index = window_indices(shape, pool).to(b.like.device)
-    candidates = [index[..., k] for k in range(index.shape[-1])]
-    pick = lambda which: b.rearrange(lambda v: v.flatten(1)[:, which], x, where)
-    level = [pick(which) for which in candidates]
-    while len(level) > 1:
-        paired = [
-            b.sum((one, b.activation(relu(), b.sum((other, one), (1.0, -1.0), where), where)), (1.0, 1.0), where)
-            for one, other in zip(level[::2], level[1::2])
-        ]
-        level = paired + level[len(paired) * 2 :]
-    return level[0]

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-EPS = torch.finfo(torch.float64).eps
+from locally.tangent.lipschitz.intervals import EPS, dot
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,22 @@ class Lines:
             torch.maximum(self.lower_slope.abs(), self.upper_slope.abs()),
             torch.maximum(self.lower_intercept.abs(), self.upper_intercept.abs()),
         )
+
+    def reach(self, size: Tensor) -> Tensor:
+        """What an error of relative size 1 could cost, for |y| <= size; optimised slopes go up to 1."""
+        slope, intercept = self.magnitude
+        return slope.clamp(min=1.0) * size + intercept
+
+    def pull(self, A: Tensor, slack: Tensor, lower: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Rows (b, t, *shape) on f(y), bounded from above: rows on y and what to add. `lower` replaces lower slopes."""
+        up, down = A.clamp(min=0), A.clamp(max=0)
+        own = self.lower_slope[:, None] if lower is None else lower
+        shift = dot(up, self.upper_intercept + slack) + dot(down, self.lower_intercept - slack)
+        return up * self.upper_slope[:, None] + down * own, shift
+
+    def gap(self, y: Tensor) -> Tensor:
+        """Distance between the two lines at y."""
+        return (self.upper_slope - self.lower_slope) * y + self.upper_intercept - self.lower_intercept
 
 
 class Relaxation(StrEnum):

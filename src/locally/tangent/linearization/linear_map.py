@@ -1,14 +1,7 @@
-"""A network at a point, as the linear map that it is there: products with the Jacobian, never the Jacobian itself.
-
-The ground under whatever looks at a network through its linearisation: tangent kernels, linear interpreters, Lipschitz
-constants, interaction bases. Differentiates with respect to the inputs, the parameters or the activations after any
-submodule, of the network's output or of any submodule's; many vectors at once, in chunks that fit a memory budget.
-Forward and reverse mode come from `torch.func`; Baydin et al., arXiv 1502.05767, is the survey.
-"""
+"""Products with the Jacobian of a module at a point, many vectors at once, in chunks that fit a memory budget."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from enum import StrEnum
 from functools import partial
 from typing import Any, TypeVar
@@ -17,15 +10,22 @@ import torch
 from jaxtyping import Float
 from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
-from torch.func import functional_call, jvp, vjp, vmap
+from torch.func import jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from locally.checks import check_choice, check_count, check_finite
+from locally.tangent.linearization.passes import (
+    Product,
+    call_with,
+    first_line,
+    hazard,
+    pull_back,
+    tapped,
+    watched,
+)
+from locally.tangent.linearization.refusals import check_inputs, refuse_random_modules, select_parameters
 
 T = TypeVar("T")
-Product = Callable[[Tensor], Tensor]
 
 # Bytes of a linearised chunk, and of one product with it, over those that a plain backward pass saves.
 LINEARISED, PER_VECTOR = 2, 2
@@ -416,141 +416,3 @@ class _AsScipy(LinearOperator):
 
     def _rmatvec(self, x: Any) -> Any:
         return self._rmatmat(x.reshape(-1, 1))[:, 0]
-
-
-def call_with(module: nn.Module, values: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
-    """The module's output with other parameters and buffers, under the names by which it lists them.
-
-    A tensor that several submodules share is replaced in all, and a submodule that stands in several places once;
-    `functional_call` by itself would leave the replacement in such a submodule.
-    """
-    names = {id(t): n for n, t in [*module.named_parameters(), *module.named_buffers()]}
-    places = {
-        f"{path}.{n}" if path else n: names[id(t)]
-        for path, part in module.named_modules()
-        for n, t in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]
-    }
-    replaced = {place: values[name] for place, name in places.items() if name in values}
-    return functional_call(module, replaced, inputs, tie_weights=False)
-
-
-def pull_back(function: Product, at: Tensor) -> Product:
-    """u -> J^T u at a point."""
-    pull = vjp(function, at)[1]
-    return lambda u: pull(u)[0]
-
-
-@contextmanager
-def tapped(module: nn.Module, source: str | None, put: Tensor | None, target: str | None) -> Iterator[list[Any]]:
-    """Within, `put` stands for the output of submodule `source`, and the output of `target` is kept in the list."""
-    seen: list[Any] = []
-    handles = []
-    if source is not None:
-        assert put is not None
-        # clones: a later layer that works in place would change the caller's point and what was seen
-        handles.append(module.get_submodule(source).register_forward_hook(lambda *_: put.clone()))
-    if target is not None:
-        keep = lambda _module, _inputs, out: seen.append(out.clone() if isinstance(out, Tensor) else out)
-        handles.append(module.get_submodule(target).register_forward_hook(keep))
-    try:
-        yield seen
-        check_called(seen, target)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def check_called(seen: list[Any], path: str | None) -> None:
-    if path is not None and len(seen) != 1:
-        raise ValueError(f"submodule {path} is called {len(seen)} times in one pass; it must be called once")
-
-
-class Trail:
-    """Which submodules a pass goes through, and what they return for the first example."""
-
-    def __init__(self) -> None:
-        self.inside: list[str] = []
-        self.outputs: list[tuple[str, Tensor]] = []
-
-    @property
-    def where(self) -> str:
-        return self.inside[-1] if self.inside else "the module itself"
-
-
-@contextmanager
-def watched(module: nn.Module) -> Iterator[Trail]:
-    trail = Trail()
-    handles = []
-    for path, part in module.named_modules():
-        name = f"{path or 'the module'} ({type(part).__name__})"
-
-        def enter(_module: nn.Module, _inputs: Any, name: str = name) -> None:
-            trail.inside.append(name)
-
-        def leave(_module: nn.Module, _inputs: Any, out: Any, name: str = name) -> None:
-            trail.inside.pop()
-            if isinstance(out, Tensor) and out.ndim and not torch._C._functorch.is_functorch_wrapped_tensor(out):
-                trail.outputs.append((name, out[:1].detach().clone()))
-
-        handles += [part.register_forward_pre_hook(enter), part.register_forward_hook(leave)]
-    try:
-        yield trail
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def hazard(error: RuntimeError) -> str:
-    text = str(error).lower()
-    if "control flow" in text or ".item()" in text:
-        return "its path depends on values (control flow)"
-    if "inplace" in text or "in-place" in text:
-        return "a tensor is changed in place"
-    if "random" in text:
-        return "randomness"
-    return "cannot be linearised"
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-
-
-def check_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    tensors = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    if not tensors or not all(isinstance(x, Tensor) for x in tensors):
-        raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {type(inputs).__name__}")
-    sizes = {len(x) if x.ndim else 0 for x in tensors}
-    if len(sizes) > 1 or sizes == {0}:
-        raise ValueError(
-            f"inputs must share a leading dimension of at least 1, got {[tuple(x.shape) for x in tensors]}"
-        )
-    for x in tensors:
-        if x.is_floating_point():
-            check_finite("inputs", x)
-    return tuple(x.detach() for x in tensors)
-
-
-def select_parameters(module: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
-    own = dict(module.named_parameters())
-    chosen = tuple(n for n, p in own.items() if p.requires_grad) if names is None else tuple(names)
-    if unknown := [n for n in chosen if n not in own]:
-        raise ValueError(f"parameters: the module has none called {', '.join(unknown)}")
-    if not chosen:
-        raise ValueError("parameters: the module has none that require a gradient")
-    if len(set(chosen)) != len(chosen):
-        raise ValueError("parameters: a name stands there twice")
-    if len({(own[n].dtype, own[n].device) for n in chosen}) > 1:
-        raise ValueError("parameters: need one dtype and one device")
-    return chosen
-
-
-def refuse_random_modules(module: nn.Module) -> None:
-    """Dropout that is switched on has no derivative to speak of; training batch norm ties examples together."""
-    for path, part in module.named_modules():
-        where = f"{path or 'the module'} ({type(part).__name__})"
-        if part.training and ((isinstance(part, _DropoutNd) and part.p > 0) or isinstance(part, nn.RReLU)):
-            raise ValueError(f"module: {where} is random in training mode: call module.eval() first")
-        if isinstance(part, _BatchNorm) and (part.training or part.running_mean is None):
-            raise ValueError(
-                f"module: {where} normalises by batch: call module.eval() first, or track running statistics"
-            )
