@@ -16,6 +16,7 @@ from locally.cli.digest import digest
 from locally.cli.fetching import fetch
 from locally.cli.generate import generate
 from locally.cli.linearize import linearize
+from locally.cli.prune import prune
 from locally.cli.reading import list_papers, search, show
 from locally.cli.running import report, run
 from locally.cli.serving import serve
@@ -66,5 +67,5 @@ def options(
 
 
 app.command("list")(list_papers)
-for command in (search, show, run, report, fetch, serve, generate, linearize, subscribe, digest):
+for command in (search, show, run, report, fetch, serve, generate, linearize, subscribe, digest, prune):
     app.command()(command)
