@@ -76,7 +76,7 @@ def experiment(run: Run) -> None:
     record_memory(run, run.pick(quick=COMPARED, default=everything, paper=everything))
     studies = run.pick(
         quick=[Study(SINGLE, (BP, SHALLOW), pairs=0, epochs=1, batch=64)],
-        default=[Study(PAIRS, COMPARED, pairs=4000, epochs=6, batch=128)],
+        default=[Study(PAIRS, COMPARED, pairs=2500, epochs=5, batch=128)],
         paper=[
             Study(SINGLE, everything, pairs=0, epochs=15, batch=64),
             Study(PAIRS, everything, pairs=4000, epochs=8, batch=128),

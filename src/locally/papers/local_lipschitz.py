@@ -9,6 +9,7 @@ import io
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -59,17 +60,19 @@ def experiment(run: Run) -> None:
 
 
 def carry_out(run: Run, study: Study) -> None:
-    torch.set_num_threads(min(torch.get_num_threads(), 2))
-    for seed in run.track(run.seeds, "synthetic classifiers"):
-        synthetic(run, study, seed)
-        if study.exact_width:
-            against_exact(run, study, seed)
-        if study.digits and seed in run.seeds[:3]:
-            digits(run, study, seed)
-            monotone_features(run, study, seed)
+    run.parallel(partial(of_one_seed, study=study), run.seeds, "synthetic classifiers")
     if study.images:
         image_networks(run, study)
     plot_depth(run)
+
+
+def of_one_seed(run: Run, seed: int, study: Study) -> None:
+    synthetic(run, study, seed)
+    if study.exact_width:
+        against_exact(run, study, seed)
+    if study.digits and seed in run.seeds[:3]:
+        digits(run, study, seed)
+        monotone_features(run, study, seed)
 
 
 # Synthetic classifiers -----------------------------------------------------------------------------------------------

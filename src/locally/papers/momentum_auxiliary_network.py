@@ -68,7 +68,7 @@ def experiment(run: Run) -> None:
     record_memory(run, run.pick(quick=(BP, PLAIN, BRANCH_ONLY, MAN), default=everything, paper=everything))
     studies = run.pick(
         quick=[Study(8, (PLAIN, MAN), epochs=1)],
-        default=[Study(16, (PLAIN, BRANCH_ONLY, MAN), epochs=7)],
+        default=[Study(16, (PLAIN, BRANCH_ONLY, MAN), epochs=5)],
         paper=[Study(16, everything, epochs=8), Study(8, everything, epochs=15)],
     )
     for study in studies:
