@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from locally import catalogue
-from locally.evidence import Finding, Paper
+from locally.evidence import Evidence, Finding, Outcome, Paper, Scale, Status, Verdict
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -101,23 +101,42 @@ def main(words: list[str]) -> None:
     README.write_text(with_table(readme, summary(papers, runs)), encoding="utf-8")
     CLAIMS.write_text(table(papers, runs), encoding="utf-8")
     if "--table" not in words:
-        picture(HERE / "report.png")
+        picture(HERE / "report.png", runs)
 
 
-def picture(file: Path) -> None:
-    """The top of the report over what is stored on this machine."""
+def picture(file: Path, runs: dict[str, dict[str, Any]]) -> None:
+    """The top of the report over the stored runs."""
     from playwright.sync_api import sync_playwright
 
     from locally.page.report import write
     from locally.page.store import Store
 
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        page = write(Path(folder), catalogue.load([catalogue.BUILT_IN]), Store())
+        store = Store(f"sqlite:///{folder}/runs.sqlite")
+        for run in runs.values():
+            store.add(evidence(run))
+        page = write(Path(folder) / "report", catalogue.load([catalogue.BUILT_IN]), store)
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=["--no-sandbox"])
         tab = browser.new_page(viewport={"width": 1100, "height": 860}, device_scale_factor=1)
         tab.goto(page.as_uri())
         tab.screenshot(path=file)
         browser.close()
+
+
+def evidence(run: dict[str, Any]) -> Evidence:
+    """A stored run without its measures and figures."""
+    findings = tuple(Finding.from_dict(found) for found in run["claims"])
+    return Evidence(
+        slug=run["slug"],
+        scale=Scale(run["scale"]),
+        status=Status(run["status"]),
+        verdict=Verdict(Outcome(run["verdict"]), run["reason"], findings),
+        measures=(),
+        seeds=tuple(run["seeds"]),
+        started=run["started"],
+        seconds=run["seconds"],
+        peak_memory_mib=run["peak_memory_mib"],
+    )
 
 
 if __name__ == "__main__":
