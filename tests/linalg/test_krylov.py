@@ -65,7 +65,9 @@ def test_one_small_system_takes_the_steps_that_it_takes_when_it_is_watched(dtype
     steps = []
     quick, watched = (CG(rtol=1e-4).solve(A, b, callback=c) for c in (None, lambda k, _: steps.append(k)))
     assert quick.status is watched.status is Status.CONVERGED
-    assert abs(int(quick.iterations) - int(watched.iterations)) <= (dtype is torch.float32)
+    # past the first n steps single precision goes on by the rounding of its sums, which are taken in different orders
+    apart = abs(int(quick.iterations) - int(watched.iterations))
+    assert apart <= (max(1, int(watched.iterations) // 10) if dtype is torch.float32 else 0)
     assert len(steps) == int(watched.iterations)
     close = {"rtol": 1e-2 if dtype is torch.float32 else 1e-9, "atol": 0.0}
     k = min(len(quick.history), len(watched.history)) // 2 + 1  # rounding grows with the steps

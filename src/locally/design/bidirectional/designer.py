@@ -129,7 +129,7 @@ class BIBDesigner:
     >>> designer = BIBDesigner(OneHotFeatures(), space, n_designs=4, random_state=0)
     >>> found = designer.fit(table[gc < 4], gc[gc < 4]).design()
     >>> [s.count("G") + s.count("C") for s in found.sequences], str(found.status)
-    ([6, 6, 6, 6], 'completed')
+    ([6, 6, 6, 6], 'finished')
     """
 
     def __init__(
