@@ -87,8 +87,16 @@ def experiment(run: Run) -> None:
 
 
 def carry_out(run: Run, study: Study) -> None:
-    curves = run.parallel(trained_and_decoded, [(study, seed) for seed in run.seeds], "models")
-    plot(run, study, curves)
+    tasks: list[tuple[Callable[..., Any], Study, int]] = [(trained_and_decoded, study, s) for s in run.seeds]
+    if study.maxima_steps:
+        tasks += [(with_caches, study, s) for s in run.seeds]
+    curves = run.parallel(do, tasks, "models")
+    plot(run, study, curves[: len(run.seeds)])
+
+
+def do(run: Run, task: tuple[Callable[[Run, Study, int], Any], Study, int]) -> Any:
+    carry, study, seed = task
+    return carry(run, study, seed)
 
 
 # Running sums -------------------------------------------------------------------------------------------------------
@@ -150,9 +158,8 @@ def fit(
     model.eval()
 
 
-def trained_and_decoded(run: Run, task: tuple[Study, int]) -> tuple[list[float], list[float]]:
+def trained_and_decoded(run: Run, study: Study, seed: int) -> tuple[list[float], list[float]]:
     """Train, save, load, decode by every rule; curves of how many tokens are final and committed after each call."""
-    study, seed = task
     folder = run.scratch / f"model-{seed}"
     train(study, seed, run.device).save_pretrained(folder)  # type: ignore[operator]
     model = load(folder, device=run.device).model
@@ -178,8 +185,6 @@ def trained_and_decoded(run: Run, task: tuple[Study, int]) -> tuple[list[float],
     run.record(
         OURS, "final-answer accuracy minus that of one token per call", accuracy[OURS] - accuracy[GREEDY], seed=seed
     )
-    if study.maxima_steps:
-        with_caches(run, study, seed)
     return delay(run, model, prompts, study, seed)
 
 

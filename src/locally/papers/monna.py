@@ -46,11 +46,17 @@ def experiment(run: Run) -> None:
     digits_or_mnist: Callable[[Run, int], None] | None = run.pick(quick=None, default=on_digits, paper=on_mnist)
     if run.scale == "paper":
         mnist_folder(run)  # so that missing files are noticed at once
-    run.parallel(on_quadratics, run.seeds, "noisy quadratics")
+    # the longer studies first, so that no core is left alone with one
+    studies = [on_quadratics] if digits_or_mnist is None else [digits_or_mnist, on_quadratics]
+    run.parallel(do, [(study, seed) for study in studies for seed in run.seeds], "learning among liars")
     plot_quadratics(run)
     if digits_or_mnist is not None:
-        run.parallel(digits_or_mnist, run.seeds, "learning among liars")
         plot_accuracies(run)
+
+
+def do(run: Run, task: tuple[Callable[[Run, int], None], int]) -> None:
+    study, seed = task
+    study(run, seed)
 
 
 # Noisy quadratics: what the attack costs, and what momentum takes away from it ----------------------------------------
