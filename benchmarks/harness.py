@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+SLACK = 1.05
 HIGHER_IS_BETTER = ("nDCG", "a second", "that agree", "accuracy", "score")  # in the name of a quantity
 
 
@@ -42,8 +43,10 @@ class Comparison:
         return bool(self.peer) and (self.high < 1 if self.higher_is_better else self.low > 1)
 
     def worse_than(self, stored: "Comparison") -> bool:
-        """By more than both spreads."""
-        return self.high < stored.low if self.higher_is_better else self.low > stored.high
+        """By more than both spreads, and by more than what rounding or one timing of a growth does."""
+        if self.higher_is_better:
+            return self.high * SLACK < stored.low
+        return self.low > stored.high * SLACK
 
     def __str__(self) -> str:
         spread = f" ({self.low:.3g} .. {self.high:.3g})" if self.low != self.high else ""

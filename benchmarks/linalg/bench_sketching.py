@@ -7,6 +7,7 @@ import numpy as np
 import scipy.sparse as sp
 from numba import njit
 from scipy.sparse.linalg import lsmr
+from threadpoolctl import threadpool_limits
 
 from benchmarks.harness import Comparison, compare, growth
 from locally.linalg.sketching import Gaussian, Kaczmarz, Rows, SketchAndProject
@@ -25,6 +26,12 @@ def main() -> list[Comparison]:
     ]
 
 
+def on_one_core(product: Callable[[], object]) -> None:
+    """A sweep cannot be shared out: each row needs the step before it."""
+    with threadpool_limits(1):
+        product()
+
+
 def against_a_product(name: str, A: Any) -> list[Comparison]:
     rng = np.random.default_rng(1)
     rows, x = Rows.of(A), np.zeros(A.shape[1])
@@ -38,6 +45,12 @@ def against_a_product(name: str, A: Any) -> list[Comparison]:
             f"one sweep in storage order, {name}",
             ("Rows.sweep", lambda: rows.sweep(x, b)),
             ("product with the matrix", lambda: A @ v),
+            rounds=15,
+        ),
+        compare(
+            f"one sweep in storage order, {name}",
+            ("Rows.sweep", lambda: rows.sweep(x, b)),
+            ("product with the matrix, one core", lambda: on_one_core(lambda: A @ v)),
             rounds=15,
         ),
         compare(
