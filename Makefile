@@ -4,6 +4,10 @@ JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
+# installs packages of Debian, for root alone
+debian = { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq $(1) >/dev/null; }
+
 .PHONY: setup run test check bench page docs evidence programs clean
 
 setup: .venv/ready
@@ -49,10 +53,10 @@ evidence: .venv/ready programs  ## run at default scale (PAPERS="halpern loop" f
 # the browser tests drive Debian's Chromium, those of the store a PostgreSQL server; elsewhere, without root, they are
 # skipped and say so
 programs:
-	@{ command -v chromium || command -v google-chrome; } >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
-	  { test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -qq && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium fonts-dejavu-core postgresql >/dev/null; } || \
-	  echo "Chromium or PostgreSQL is missing and cannot be installed here: their tests will be skipped"
+	@{ command -v chromium || command -v google-chrome; } >/dev/null || $(call debian,chromium fonts-dejavu-core) || \
+	  echo "Chromium is missing and cannot be installed here: the browser tests will be skipped"
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || $(call debian,postgresql) || \
+	  echo "PostgreSQL is missing and cannot be installed here: its tests will be skipped"
 
 clean:
 	rm -rf .venv report
