@@ -26,6 +26,7 @@ from locally.evidence import (
     interval,
     judge,
 )
+from locally.evidence.kept import Kept
 
 ONE_SIDED = [Relation.AT_MOST, Relation.AT_LEAST, Relation.BELOW, Relation.ABOVE]
 finite = st.floats(-1e6, 1e6)
@@ -325,3 +326,14 @@ class TestParallel:
         monkeypatch.setenv("OMP_NUM_THREADS", cores)
         with pytest.raises(ValueError, match="seed 2 has no solution"):
             Run().parallel(stumble, (1, 2, 3), "seeds")
+
+    def test_finished_items_are_found_again_and_damaged_ones_are_not(self, tmp_path):
+        first = Kept(tmp_path, 0)
+        for index in range(3):
+            first.put(index, {"answer": index})
+        first.put(3, lambda: None)  # cannot be pickled
+        (tmp_path / "0-1.item").write_bytes((tmp_path / "0-1.item").read_bytes()[:-4])
+        (tmp_path / "0-2.item").write_bytes(b"")
+        assert list(Kept(tmp_path, 0).found(4)) == [(0, {"answer": 0})]
+        assert list(Kept(tmp_path, 1).found(4)) == []
+        assert list(Kept(None, 0).found(4)) == []

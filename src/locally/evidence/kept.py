@@ -19,13 +19,21 @@ class Kept:
         self._folder, self._call = folder, call
 
     def found(self, items: int) -> Iterator[tuple[int, Any]]:
-        """Index and answer of each item that an earlier attempt has finished."""
+        """Index and answer of each item that an earlier attempt has finished.
+
+        A file that a power cut has left damaged counts as none: its item is worked out again.
+        """
         import pickle
 
         for index in range(items if self._folder else 0):
             path = self._path(index)
-            if path.exists():
-                yield index, pickle.loads(path.read_bytes())
+            if not path.exists():
+                continue
+            try:
+                answer = pickle.loads(path.read_bytes())
+            except (pickle.UnpicklingError, EOFError):
+                continue
+            yield index, answer
 
     def put(self, index: int, answer: Any) -> None:
         """Keep an answer; one that cannot be pickled is worked out again after a kill."""
