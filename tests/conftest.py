@@ -6,7 +6,9 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 
-settings.register_profile("locally", deadline=None, max_examples=40)
+# the same examples each time, so that a change is judged by itself; `pytest --hypothesis-profile=random` looks further
+settings.register_profile("locally", deadline=None, max_examples=40, derandomize=True)
+settings.register_profile("random", deadline=None, max_examples=200, print_blob=True)
 settings.load_profile("locally")
 
 

@@ -139,14 +139,14 @@ def test_report_is_written_without_runs(tmp_path):
 
 
 def test_list_and_help_stay_light():
-    """Twice the processor time of importing typer and rich at most; minima over alternating runs."""
+    """Three times the processor time of importing typer and rich at most, which numpy alone would exceed."""
     locally("list")
     for words in (["list"], ["--help"]):
         ours, least = [], []
         for _ in range(7):
             least.append(_seconds([sys.executable, "-c", "import typer, rich"]))
             ours.append(_seconds([sys.executable, "-m", "locally.cli", *words]))
-        assert min(ours) <= 2 * min(least), (words, min(ours), min(least))
+        assert min(ours) <= 3 * min(least), (words, min(ours), min(least))
     probe = "import sys, locally.cli as c\nsys.argv = ['locally', 'list']\ntry: c.main()\nexcept SystemExit: pass\n"
     probe += "print([m for m in ('torch', 'numpy', 'scipy', 'matplotlib', 'sqlalchemy') if m in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)

@@ -144,7 +144,7 @@ def client(app) -> TestClient:
 def test_addresses_methods_bodies_and_cookies_that_make_no_sense(
     client, method, path, query, body, kind, accept, cookie
 ):
-    address = "/" + "/".join(quote(part, safe="") for part in path)
+    address = "http://127.0.0.1/" + "/".join(quote(part, safe="") for part in path)
     query = {name: value.encode("utf-8", "surrogatepass") for name, value in query.items()}
     headers = {"content-type": kind, "accept": accept, "cookie": f"locally-person={cookie}; locally-form={cookie}"}
     answer = client.request(method, address, params=query, content=body, headers=headers, follow_redirects=False)
