@@ -243,17 +243,17 @@ class Run:
 
         if any(f.name == name for f in self.figures):
             raise ValueError(f"a figure named {name!r} is there already")
-        self.figures.append(freeze(figure, name, caption))
+        self.figures.append(Figure(name, caption, *freeze(figure, salt=name)))
 
     def plot_lines(self, x: str, y: str, *, log: bool = False, name: str = "", caption: str = "", **style: Any) -> None:
         """Metric `y` over setting `x`, one line a method, band from the lowest to the highest seed."""
-        from locally.plots import lines
+        from locally.evidence.drawings import lines
 
         self.figure(lines(self.measures, x, y, log=log, **style), name or f"{y} over {x}", caption)
 
     def plot_bars(self, metric: str, *, log: bool = False, name: str = "", caption: str = "", **style: Any) -> None:
         """`metric` per method, a dot for each seed."""
-        from locally.plots import bars
+        from locally.evidence.drawings import bars
 
         self.figure(bars(self.measures, metric, log=log, **style), name or metric, caption)
 

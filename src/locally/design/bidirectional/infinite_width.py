@@ -19,6 +19,7 @@ from torch import Tensor
 from locally.checks import check_between, check_count, check_nonnegative, check_positive
 from locally.design.bidirectional.ascent import Ascent, Callback, Status
 from locally.design.bidirectional.heads import KernelHead
+from locally.design.bidirectional.scores import Standardisation, check_table
 from locally.design.bidirectional.sequences import Sequences, SequenceSpace
 
 TINY = 1e-300
@@ -166,8 +167,6 @@ class BDIDesigner:
 
     def fit(self, sequences: Sequences, scores: Float[ndarray, " n"]) -> "BDIDesigner":
         """Raises as `BIBDesigner.fit`."""
-        from locally.design.bidirectional.designer import Standardisation, check_table
-
         table, scores = check_table(self.space, sequences, scores)
         self.logits_ = Logits.fit(self.space, table, self.mixing)
         self.scores_ = Standardisation.of(scores)
