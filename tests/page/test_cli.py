@@ -138,6 +138,10 @@ def test_report_is_written_without_runs(tmp_path):
     assert (tmp_path / "out" / "index.html").exists()
 
 
+def test_help_tells_what_arguments_are():
+    assert "arXiv ids" in locally("run", "--help").stdout
+
+
 def test_list_and_help_stay_light():
     """Three times the processor time of importing typer and rich at most, which numpy alone would exceed."""
     locally("list")
