@@ -95,21 +95,31 @@ def read(
     folder = Path(folder)
     check_architecture(folder, architectures)
     open_weights(folder)
-    transformers = require("transformers", "llm")
-    options = {"local_files_only": True, "trust_remote_code": False}
     tokenizer = read_tokenizer(folder)
+    model = read_model("AutoModelForCausalLM", folder, dtype)
+    known, rows = len(tokenizer) if tokenizer is not None else 0, model.get_input_embeddings().weight.shape[0]
+    if known > rows:
+        raise BadCheckpoint(f"the tokenizer of {folder} knows {known} tokens, its model only {rows}: they do not match")
+    return Checkpoint(folder, model.to(device).eval(), tokenizer)
+
+
+def read_model(auto: str, folder: Path, dtype: torch.dtype | None = None) -> Any:
+    """The model alone, by one of Transformers' Auto classes, with every weight; `dtype` None for the stored one."""
+    auto_class = getattr(require("transformers", "llm"), auto)
     try:
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **options
+        model, report = auto_class.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise BadCheckpoint(f"{folder} cannot be loaded: {_first_line(error)}") from error
     if report["missing_keys"]:
         raise BadCheckpoint(f"{folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}")
-    known, rows = len(tokenizer) if tokenizer is not None else 0, model.get_input_embeddings().weight.shape[0]
-    if known > rows:
-        raise BadCheckpoint(f"the tokenizer of {folder} knows {known} tokens, its model only {rows}: they do not match")
-    return Checkpoint(folder, model.to(device).eval(), tokenizer)
+    return model
 
 
 def read_config(folder: Path) -> dict[str, Any]:

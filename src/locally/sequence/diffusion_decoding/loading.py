@@ -19,9 +19,11 @@ SUPPORTED = f"{', '.join(FAMILIES)}, and the ...ForMaskedLM and ...ForCausalLM c
 
 
 class Kind(StrEnum):
+    """How a language model in a folder writes; told from its config.json."""
+
     DIFFUSION = "masked diffusion"  # LLaDA, Dream: left padding and caches
     MASKED = "masked"  # any other masked model
-    CAUSAL = "causal"
+    CAUSAL = "causal"  # one token after the other
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | 
         model: Any = _bidirectional(folder, config, weights, dtype)
         vocabulary = model.stack.config.vocab_size
     else:
-        model = _masked(folder, dtype)
+        model = checkpoints.read_model("AutoModelForMaskedLM", folder, dtype)
         vocabulary = model.get_input_embeddings().weight.shape[0]
     if tokenizer is not None and len(tokenizer) > vocabulary:
         raise BadCheckpoint(f"the tokenizer of {folder} knows {len(tokenizer)} tokens, its model only {vocabulary}")
@@ -118,24 +120,6 @@ def _bidirectional(
         raise
     except (ValueError, TypeError) as error:
         raise BadCheckpoint(f"{folder}: {error}") from None
-
-
-def _masked(folder: Path, dtype: torch.dtype | None) -> Any:
-    transformers = require("transformers", "llm")
-    try:
-        model, report = transformers.AutoModelForMaskedLM.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise BadCheckpoint(f"{folder} cannot be loaded: {str(error).splitlines()[0]}") from error
-    if report["missing_keys"]:
-        raise BadCheckpoint(f"{folder} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])}")
-    return model
 
 
 def _tokenizer(folder: Path, architecture: str) -> Any | None:
