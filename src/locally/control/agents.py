@@ -20,7 +20,8 @@ class Agent(Protocol):
     included, so that an agent that loads it goes on as if nothing had happened.
     """
 
-    def act(self, observation: Any) -> Any: ...
+    def act(self, observation: Any) -> Any:
+        """The action to take here; may draw random numbers, and changes nothing else that learning depends on."""
 
     def observe(
         self,
@@ -31,11 +32,19 @@ class Agent(Protocol):
         *,
         terminated: bool = False,
         truncated: bool = False,
-    ) -> None: ...
+    ) -> None:
+        """Learn from the step (observation, action, reward, next_observation).
 
-    def state_dict(self) -> dict[str, Any]: ...
+        Args:
+            terminated: the process ended here, and nothing follows.
+            truncated: the episode was cut off, though the process would go on.
+        """
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments."""
 
 
 def play(

@@ -70,6 +70,7 @@ class InterventionFamily:
 
     @property
     def vc_dimension(self) -> int:
+        """What `vc_dimension` says of moments that this family spans."""
         return vc_dimension(self.lift_dimension)
 
 

@@ -62,6 +62,7 @@ class EnvironmentRegressor(RegressorMixin, BaseEstimator, ABC):
         return self._learn(moments)
 
     def predict(self, X: Any) -> Float[ndarray, " n"]:
+        """X @ coef_ + intercept_; NotFittedError before `fit`."""
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=np.float64)
         return X @ self.coef_ + self.intercept_

@@ -25,6 +25,8 @@ COLLINEAR = 1e-10  # share of a covariate's variance that the others leave
 
 
 class InvarianceStatus(StrEnum):
+    """Whether any subset met the constraint; set by the search, read from `SubsetFit.status`."""
+
     INVARIANT = "invariant on every training environment"
     INFEASIBLE = "no candidate is invariant on every training environment: the one of least gap"
 

@@ -81,6 +81,7 @@ class LinearSEM:
 
     @property
     def nodes(self) -> int:
+        """Number of nodes, target and constant among them."""
         return len(self.noise_var)
 
     @property
@@ -116,9 +117,11 @@ class LinearSEM:
         return (self.total_effects * self.noise_var) @ self.total_effects.T
 
     def parents(self, node: int | np.integer) -> Int[ndarray, " parents"]:
+        """Nodes with a direct effect on `node`, ascending."""
         return np.flatnonzero(self.coefficients[node])
 
     def children(self, node: int | np.integer) -> Int[ndarray, " children"]:
+        """Nodes on which `node` has a direct effect, ascending."""
         return np.flatnonzero(self.coefficients[:, node])
 
     def with_constant(self) -> "LinearSEM":
@@ -312,6 +315,7 @@ class LatentObservation:
         return self._map @ moments @ self._map.T
 
     def observe_rows(self, rows: Float[ndarray, "n p"]) -> Float[ndarray, "n m_plus_1"]:
+        """Samples of (X, Y) from samples of all latent nodes, one a row; Y comes last."""
         return rows @ self._map.T
 
     @cached_property

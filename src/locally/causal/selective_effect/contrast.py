@@ -111,9 +111,11 @@ class ContrastIVATE(BaseEstimator):
         return self
 
     def confint(self, level: float = 0.95) -> tuple[float, float]:
+        """Bounds of the effect at this level, in (0, 1); needs `fit`."""
         return self.effect_.confint(level)
 
     def summary(self, level: float = 0.95) -> Table:
+        """One row: effect, standard error, t, p-value and the bounds at this level; prints as text."""
         return self.effect_.summary(level)
 
     def _fold_scores(

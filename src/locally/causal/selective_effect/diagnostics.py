@@ -99,15 +99,18 @@ class Sensitivity:
 
     @property
     def robustness(self) -> float:
+        """The smallest |delta| of those asked at which the interval covers 0; infinite if none does."""
         covered = (self.low <= 0) & (self.high >= 0)
         return float(np.abs(self.deltas[covered]).min()) if covered.any() else float("inf")
 
     def table(self) -> Table:
+        """One row for each delta: effect, standard error, interval and share of replaced rows."""
         header = ("coef", "std err", "low", "high", "replaced")
         rows = zip(self.deltas, self.estimates, self.standard_errors, self.low, self.high, self.replaced)
         return Table(header, tuple((f"delta = {d:+.3g}", tuple(float(v) for v in rest)) for d, *rest in rows))
 
     def plot(self) -> "Figure":
+        """Effect and interval over delta, as a Matplotlib figure that is not registered with pyplot."""
         from locally.plots import INK, PALETTE, canvas
 
         figure, axes = canvas(6.4, 3.8)

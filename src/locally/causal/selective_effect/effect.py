@@ -14,6 +14,8 @@ from locally.checks import check_positive
 
 
 class Status(StrEnum):
+    """Whether an effect can be trusted; set by the estimator, read from `Effect.status`."""
+
     IDENTIFIED = "identified"
     WEAK = "weakly identified: the variance of the treatment hardly differs between the instrument's arms"
     NOT_CONVERGED = "not converged: a logistic model has no finite maximum or its steps ran out"
@@ -47,6 +49,7 @@ class Effect:
 
     @property
     def t_statistic(self) -> float:
+        """Estimate over standard error."""
         return self.estimate / self.standard_error
 
     @property
@@ -61,6 +64,7 @@ class Effect:
         return self.estimate - half, self.estimate + half
 
     def summary(self, level: float = 0.95) -> "Table":
+        """One row: estimate, standard error, t, p-value and the bounds at this level, in (0, 1)."""
         low, high = self.confint(level)
         tail = 50 * (1 - level)
         header = ("coef", "std err", "t", "P>|t|", f"{tail:.3g} %", f"{100 - tail:.3g} %")

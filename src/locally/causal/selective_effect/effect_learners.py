@@ -30,6 +30,7 @@ class PlugInEffect(BaseEstimator):
         self.random_state = random_state
 
     def fit(self, obs: Observations) -> "PlugInEffect":
+        """Fit p in each arm and mu for each treatment in each arm: six learners, each on its own rows of `obs`."""
         seed = self.random_state or 0
 
         def learn(learner: Any, target: Float[ndarray, " n"], rows: Bool[ndarray, " n"]) -> Predictor:
@@ -41,6 +42,7 @@ class PlugInEffect(BaseEstimator):
         return self
 
     def predict(self, X: Float[ndarray, "m d"]) -> Float[ndarray, " m"]:
+        """beta at the rows of X, in units of the outcome; |v_1 - v_0| counts as at least trim_d."""
         p = np.stack([arm(X) for arm in self.p_])
         mu = np.stack([np.stack([cell(X) for cell in of_treatment]) for of_treatment in self.mu_])
         return WorkingValues.from_cells(np.full(len(X), 0.5), p, mu, trim_d=self.trim_d).beta
@@ -57,6 +59,8 @@ class SieveEffect(BaseEstimator):
         self.basis = basis
 
     def fit(self, obs: Observations) -> "SieveEffect":
+        """Solve the estimating equations of all units for the coefficients `coef_`; O(n k^2) for k columns."""
+
         def by_arm(z: Float[ndarray, " n"], X: Float[ndarray, "n d"]) -> Float[ndarray, "n k"]:
             return np.column_stack([self.basis(X), z[:, None] * self.basis(X)])
 
@@ -65,4 +69,5 @@ class SieveEffect(BaseEstimator):
         return self
 
     def predict(self, X: Float[ndarray, "m d"]) -> Float[ndarray, " m"]:
+        """B(X) b, in units of the outcome."""
         return self.basis(X) @ self.coef_

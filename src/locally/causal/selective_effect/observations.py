@@ -23,6 +23,7 @@ class Observations:
 
     @property
     def n(self) -> int:
+        """Number of units."""
         return self.y.size
 
     def __getitem__(self, rows: Int[ndarray, " rows"] | Bool[ndarray, " n"]) -> "Observations":

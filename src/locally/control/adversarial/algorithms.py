@@ -162,6 +162,7 @@ class PolicyOptimizer:
         self.policies = self._follow_the_regularised_leader()
 
     def state_dict(self) -> dict[str, Any]:
+        """Cumulative Q^ - B, counters and generator; the policies follow from them."""
         return {
             "episode": self.episode,
             "cumulative": self.cumulative.copy(),
@@ -172,6 +173,7 @@ class PolicyOptimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; ValueError if its learner had another shape."""
         if state["cumulative"].shape != self.cumulative.shape:
             raise ValueError(
                 f"state must be of a learner of shape {self.cumulative.shape}, got {state['cumulative'].shape}"

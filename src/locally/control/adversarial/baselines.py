@@ -30,13 +30,16 @@ class FixedPolicy:
         self.n_episodes, self.episode = n_episodes, 0
 
     def tell(self, states: Int[ndarray, "R H"], actions: Int[ndarray, "R H"], losses: Float[ndarray, "R H"]) -> None:
+        """Check the episode and count it; nothing is learnt."""
         checked_episode(states, actions, losses, self.policies.shape)
         self.episode += 1
 
     def state_dict(self) -> dict[str, Any]:
+        """The number of episodes seen."""
         return {"episode": self.episode}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with that number of episodes; the policy stays the one given."""
         self.episode = int(state["episode"])
 
 
@@ -68,6 +71,7 @@ class Exp3:
         self.policies = np.full(self.cumulative.shape, 1 / n_actions)
 
     def tell(self, states: Int[ndarray, "R H"], actions: Int[ndarray, "R H"], losses: Float[ndarray, "R H"]) -> None:
+        """Learn from the episode that `policies` played; arguments and errors as for `Learner.tell`. O(R H A)."""
         R, H, S, A = self.policies.shape
         checked_episode(states, actions, losses, (R, H, S, A))
         visited = np.arange(R)[:, None], np.arange(H), states
@@ -78,9 +82,11 @@ class Exp3:
         self.episode += 1
 
     def state_dict(self) -> dict[str, Any]:
+        """Cumulative estimated losses and the number of episodes; the policies follow from them."""
         return {"episode": self.episode, "cumulative": self.cumulative.copy()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; ValueError if its learner had another shape."""
         if state["cumulative"].shape != self.cumulative.shape:
             raise ValueError(
                 f"state must be of a learner of shape {self.cumulative.shape}, got {state['cumulative'].shape}"
@@ -147,6 +153,7 @@ class LSVIUCB:
         self._plan()
 
     def tell(self, states: Int[ndarray, "R H"], actions: Int[ndarray, "R H"], losses: Float[ndarray, "R H"]) -> None:
+        """Learn from the episode that `policies` played and plan anew; arguments and errors as for `Learner.tell`."""
         R, H, S, A, _ = self.features.shape
         checked_episode(states, actions, losses, (R, H, S, A))
         runs, layers = np.arange(R)[:, None], np.arange(H)
@@ -160,6 +167,7 @@ class LSVIUCB:
         self._plan()
 
     def state_dict(self) -> dict[str, Any]:
+        """Inverse Gram matrices, sums of the regression and the number of episodes; the plan follows from them."""
         return {
             "episode": self.episode,
             "inverse": self.inverse.copy(),
@@ -168,6 +176,7 @@ class LSVIUCB:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; ValueError if its learner had another shape."""
         if state["targets"].shape != self._targets.shape:
             raise ValueError(f"state must be of a learner of shape {self._targets.shape}, got {state['targets'].shape}")
         self.episode = int(state["episode"])

@@ -23,13 +23,22 @@ class Learner(Protocol):
     n_episodes: int
     episode: int
 
-    def tell(
-        self, states: Int[ndarray, "R H"], actions: Int[ndarray, "R H"], losses: Float[ndarray, "R H"]
-    ) -> None: ...
+    def tell(self, states: Int[ndarray, "R H"], actions: Int[ndarray, "R H"], losses: Float[ndarray, "R H"]) -> None:
+        """Learn from one episode that `policies` played, in each run.
 
-    def state_dict(self) -> dict[str, Any]: ...
+        Args:
+            states, actions: what was visited and done, layer by layer.
+            losses: of these pairs, in [0, 1].
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+        Raises:
+            ValueError: shapes differ, a state or action does not exist, or a loss lies outside [0, 1].
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next episode depends on, random generators included."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the learner must have been constructed with the same arguments."""
 
 
 def as_runs(name: str, array: ndarray, n_axes: int) -> ndarray:
@@ -131,6 +140,7 @@ class EpisodicAgent:
         return cls(learner, rng=rng)
 
     def act(self, observation: Any) -> int:
+        """An action drawn from the learner's policy at (h, s)."""
         h, s = self._place(observation)
         return sample_actions(self.learner.policies[0, h, s], self.rng)
 
@@ -144,6 +154,7 @@ class EpisodicAgent:
         terminated: bool = False,
         truncated: bool = False,
     ) -> None:
+        """Keep the step; the step of the last layer makes the learner learn. Errors as for the class."""
         _, H, _, A = self.learner.policies.shape
         h, s = self._place(observation)
         a = check_index("action", action, A)
@@ -162,6 +173,7 @@ class EpisodicAgent:
             self.learner.tell(states, actions, losses)
 
     def state_dict(self) -> dict[str, Any]:
+        """The learner's state, the generator, and the steps of the episode in progress."""
         return {
             "learner": self.learner.state_dict(),
             "rng": self.rng.bit_generator.state,
@@ -169,6 +181,7 @@ class EpisodicAgent:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, in the middle of an episode if need be."""
         self.learner.load_state_dict(state["learner"])
         self.rng.bit_generator.state = state["rng"]
         self._trajectory = [(int(s), int(a), float(loss)) for s, a, loss in state["trajectory"]]

@@ -200,11 +200,13 @@ class LinearMDPOptimizer:
     )
 
     def state_dict(self) -> dict[str, Any]:
+        """Cover, estimates of all epochs, counters and generator."""
         arrays = {name.removeprefix("_"): getattr(self, name).copy() for name in self.SAVED}
         rng = self.rng.bit_generator.state
         return {"episode": self.episode, "rng": rng, "cover": self._cover.state_dict(), "arrays": arrays}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; ValueError if an array of it has another shape here."""
         arrays = state["arrays"]
         for name in self.SAVED:
             here, there = getattr(self, name).shape, arrays[name.removeprefix("_")].shape

@@ -24,9 +24,11 @@ FeatureMap = Callable[[int, Any], Float[ndarray, "A d"]]
 class Simulator(Protocol):
     """Draws first states and transitions; the losses are nobody's to know."""
 
-    def start(self, rng: np.random.Generator) -> Any: ...
+    def start(self, rng: np.random.Generator) -> Any:
+        """A first state."""
 
-    def step(self, h: int, state: Any, action: int, rng: np.random.Generator) -> Any: ...
+    def step(self, h: int, state: Any, action: int, rng: np.random.Generator) -> Any:
+        """A next state after `action` in `state` of layer h."""
 
 
 class Node:
@@ -144,6 +146,7 @@ class QueryPolicyOptimizer:
     # The agent's protocol ---------------------------------------------------------------------------------------------
 
     def act(self, observation: tuple[int, Any]) -> int:
+        """An action drawn at (h, x); a state that is met for the first time is worked out from all past episodes."""
         h, state = observation
         return sample_actions(self.action_probabilities(h, state), self.rng)
 
@@ -157,6 +160,12 @@ class QueryPolicyOptimizer:
         terminated: bool = False,
         truncated: bool = False,
     ) -> None:
+        """Keep the step; the last one of an episode makes the agent learn.
+
+        Raises:
+            TypeError, ValueError: the action does not exist, the layer is not the next one, the reward is outside
+                [-1, 0], the episode does not end with layer horizon - 1, or `n_episodes` were played already.
+        """
         h, state = observation
         action = check_index("action", action, self.n_actions)
         if self.episode == self.n_episodes:
@@ -256,6 +265,7 @@ class QueryPolicyOptimizer:
     HISTORY = ("_inverses", "_visited", "_to_go", "_samples")
 
     def state_dict(self) -> dict[str, Any]:
+        """Estimates of all past episodes, every state met so far, the episode in progress, and the generator."""
         past = slice(self.episode)
         return {
             "episode": self.episode,

@@ -125,6 +125,7 @@ class QueryLinearMDPOptimizer:
     # The agent's protocol ---------------------------------------------------------------------------------------------
 
     def act(self, observation: tuple[int, Any]) -> int:
+        """An action drawn at (h, x), worked out anew from the estimates of all past epochs."""
         h, state = observation
         return sample_actions(self.action_probabilities(h, state), self.rng)
 
@@ -138,6 +139,12 @@ class QueryLinearMDPOptimizer:
         terminated: bool = False,
         truncated: bool = False,
     ) -> None:
+        """Keep the step; the last one of an epoch, or of the cover's episode, makes the agent learn.
+
+        Raises:
+            TypeError, ValueError: the action does not exist, the layer is not the next one, the reward is outside
+                [-1, 0], the episode does not end with layer horizon - 1, or `n_episodes` were played already.
+        """
         h, state = observation
         action = check_index("action", action, self.n_actions)
         if self.episode == self.n_episodes:
@@ -267,6 +274,7 @@ class QueryLinearMDPOptimizer:
     COUNTERS = ("episode", "_turn", "_component", "_layer")
 
     def state_dict(self) -> dict[str, Any]:
+        """Plans of the cover, estimates of all epochs, the current epoch, counters and generator."""
         return {
             "rng": self.rng.bit_generator.state,
             "counters": {name.removeprefix("_"): getattr(self, name) for name in self.COUNTERS},
@@ -274,6 +282,7 @@ class QueryLinearMDPOptimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; ValueError if an array of it has another shape here."""
         arrays = {name: state["arrays"][name.removeprefix("_")] for name in self.SAVED}
         for name, array in arrays.items():
             if array.shape != getattr(self, name).shape:

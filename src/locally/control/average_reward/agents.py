@@ -103,40 +103,49 @@ class LOOP:
 
     @property
     def n_states(self) -> int:
+        """States of the hypotheses."""
         return self.hypotheses.n_states
 
     @property
     def n_actions(self) -> int:
+        """Actions of the hypotheses."""
         return self.hypotheses.n_actions
 
     @property
     def beta_(self) -> float:
+        """Squared radius that the next plan will take: `beta`, or the class's own for the present span."""
         if self._given_beta is not None:
             return self._given_beta
         return self.hypotheses.beta(self.horizon, self.span, self.delta, self.beta_scale)
 
     @property
     def policy_(self) -> Int[ndarray, " S"] | None:
+        """Action for each state; None before the first plan."""
         return self.epochs_[-1].plan.policy if self.epochs_ else None
 
     @property
     def gain_(self) -> float:
+        """J of the hypothesis being followed; NaN before the first plan."""
         return self.epochs_[-1].plan.gain if self.epochs_ else float("nan")
 
     @property
     def q_(self) -> Float[ndarray, "S A"] | None:
+        """Q of the hypothesis being followed; None before the first plan."""
         return self.epochs_[-1].plan.w - self.gain_ if self.epochs_ else None
 
     @property
     def upsilon_(self) -> float:
+        """Discrepancy of the hypothesis being followed, on all data so far."""
         return self.hypotheses.discrepancy()
 
     @property
     def switch_times_(self) -> list[int]:
+        """Steps before which these plans were made."""
         return [epoch.start for epoch in self.epochs_[1:]]
 
     @property
     def n_switches_(self) -> int:
+        """Plans after the first; each counts as a change of policy."""
         return max(len(self.epochs_) - 1, 0)
 
     def act(self, observation: Any) -> int:
@@ -202,6 +211,7 @@ class LOOP:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments."""
         self.hypotheses.load_state_dict(state["hypotheses"])
         self.span, self.n_steps_, self._due = state["span"], state["n_steps"], state["due"]
         self.rng.bit_generator.state = state["rng"]

@@ -46,9 +46,11 @@ class _Regression:
         self._pay = 1.0  # whether the reward is part of the target
 
     def beta(self, horizon: int, span: float, delta: float, scale: float) -> float:
+        """As for `HypothesisClass.beta`, by `squared_loss_beta` of the complexity."""
         return squared_loss_beta(self.complexity(horizon), horizon, span, delta, scale)
 
     def complexity(self, horizon: int) -> float:
+        """The dimension d, which stands for the size of the class in beta."""
         return float(self.dim)
 
     def _rows(self) -> Float[ndarray, "S A d"]:
@@ -65,15 +67,18 @@ class _Regression:
         self.inverse = np.linalg.inv(self.gram)
 
     def add(self, state: int, action: int, reward: float, following: int) -> None:
+        """Take in one step, O(d^2); the inverse of the Gram matrix is kept by rank-one updates."""
         self._upsilon, more = learn_linear(
             self._rows()[state, action], self._pay * reward, following, self._V, *self._arrays()
         )
         self._growth += more
 
     def discrepancy(self) -> float:
+        """Upsilon: squared distance of the current parameter from the regression's, in the metric of the data."""
         return self._upsilon
 
     def stale(self, beta: float) -> bool:
+        """Whether Upsilon has come to 4 beta, or det(gram) has doubled since the plan, as `trigger` says."""
         limit, growth_limit = self._limits(beta)
         return self._upsilon >= limit or self._growth >= growth_limit
 
@@ -82,6 +87,7 @@ class _Regression:
         return (4 * beta, math.inf) if self.trigger == "discrepancy" else (math.inf, math.log(2))
 
     def advance(self, walk: Walk, plan: Plan, beta: float, trace: Trace, start: int) -> int:
+        """As for `HypothesisClass.advance`, O(d^2) a step."""
         taken, walk.state, self._upsilon, self._growth = follow_linear(
             walk.world, plan.policy, walk.state, walk.rng, self._rows(), self._pay, self._V, *self._arrays(),
             self._upsilon, self._growth, *self._limits(beta), *trace.part(start, trace.rewards.size),
@@ -94,10 +100,12 @@ class _Regression:
     _NAMES = ("w", "gram", "inverse", "arrivals", "sums", "targets", "gradient")
 
     def state_dict(self) -> dict[str, Any]:
+        """Sums, Gram matrix and its inverse, the current parameter and its V."""
         arrays = {name: array.copy() for name, array in zip(self._NAMES, self._arrays())}
         return arrays | {"V": self._V.copy(), "upsilon": self._upsilon, "growth": self._growth}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the class must have been constructed with the same arguments."""
         arrays = (np.array(state[name]) for name in self._NAMES)
         self._w, self.gram, self.inverse, self.arrivals, self.sums, self.targets, self._gradient = arrays
         self._V = np.array(state["V"])
@@ -150,6 +158,7 @@ class LinearValue(_Regression):
         return projected @ self.arrivals, projected @ self.sums, flat @ self.features.reshape(-1, self.dim).T
 
     def plan(self, beta: float, span: float, rng: np.random.Generator) -> Plan:
+        """The most optimistic w of the confidence set, which becomes current; see `optimistic_plan`."""
         self._refresh()
         P, r, metric = self._estimates()
         plan = optimistic_plan(
@@ -163,6 +172,7 @@ class LinearValue(_Regression):
         return plan
 
     def estimated_span(self) -> float:
+        """The span of V for the regression without a bonus and without a bound."""
         self._refresh()
         P, r, metric = self._estimates()
         return float(optimistic_plan(P, r, metric, 0.0, ceiling=1.0).V.max())
@@ -221,6 +231,7 @@ class KernelValue(LinearValue):
         super().__init__(features, lam=lam, planner=planner, n_starts=n_starts, trigger=trigger)
 
     def complexity(self, horizon: int) -> float:
+        """The effective dimension after `horizon` steps that are spread evenly over the pairs."""
         spread = self._eigenvalues * horizon / (self.n_states * self.n_actions)
         return float((spread / (spread + self.lam)).sum())
 
@@ -285,6 +296,7 @@ class LinearMixture(_Regression):
         return self._x
 
     def plan(self, beta: float, span: float, rng: np.random.Generator) -> Plan:
+        """The best of the climbs from all starts, which becomes current; `Plan.converged` says whether it ended."""
         self._refresh()
         centre = self.inverse @ self.targets
         best: tuple[Plan, Float[ndarray, " d"]] | None = None
@@ -392,6 +404,7 @@ class LinearMixture(_Regression):
         return x[np.arange(self.n_states), a].mean(axis=0)
 
     def estimated_span(self) -> float:
+        """The span of V* for the theta of the regression, without a bound on it."""
         self._refresh()
         centre = self.inverse @ self.targets
         return float(self._optimal(self._farthest(np.zeros(self.dim), 0.0, centre), np.inf).V.max())
@@ -402,8 +415,10 @@ class LinearMixture(_Regression):
         return float(gradient @ np.linalg.solve(self.gram, gradient))
 
     def state_dict(self) -> dict[str, Any]:
+        """As for the other regressions, and the x_f(s, a) of the current hypothesis."""
         return super().state_dict() | {"x": self._x.copy()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the class must have been constructed with the same arguments."""
         super().load_state_dict(state)
         self._x = np.array(state["x"])

@@ -23,23 +23,32 @@ class HypothesisClass(Protocol):
     n_states: int
     n_actions: int
 
-    def beta(self, horizon: int, span: float, delta: float, scale: float) -> float: ...
+    def beta(self, horizon: int, span: float, delta: float, scale: float) -> float:
+        """Squared radius of the confidence set for `horizon` steps, V* of span at most `span`, failure delta."""
 
-    def plan(self, beta: float, span: float, rng: np.random.Generator) -> Plan: ...
+    def plan(self, beta: float, span: float, rng: np.random.Generator) -> Plan:
+        """Make the most optimistic hypothesis within beta current, and return its greedy policy with its values."""
 
-    def add(self, state: int, action: int, reward: float, following: int) -> None: ...
+    def add(self, state: int, action: int, reward: float, following: int) -> None:
+        """Take in one step; states and actions are numbers, the reward is in [0, 1]."""
 
-    def discrepancy(self) -> float: ...
+    def discrepancy(self) -> float:
+        """Upsilon of the current hypothesis on all data so far."""
 
-    def stale(self, beta: float) -> bool: ...
+    def stale(self, beta: float) -> bool:
+        """Whether the data contradict the current hypothesis enough for a new plan."""
 
-    def advance(self, walk: Walk, plan: Plan, beta: float, trace: Trace, start: int) -> int: ...
+    def advance(self, walk: Walk, plan: Plan, beta: float, trace: Trace, start: int) -> int:
+        """Follow the plan's policy through `add` until stale or the trace from `start` on is full; returns how far."""
 
-    def estimated_span(self) -> float: ...
+    def estimated_span(self) -> float:
+        """The span of V* that the data so far suggest, for span="auto"."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The data and the current hypothesis, as arrays and numbers."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the class must have been constructed with the same arguments."""
 
 
 def squared_loss_beta(complexity: float, horizon: int, span: float, delta: float, scale: float) -> float:

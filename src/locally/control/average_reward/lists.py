@@ -79,6 +79,7 @@ class FiniteValue:
         return made
 
     def beta(self, horizon: int, span: float, delta: float, scale: float) -> float:
+        """As for `HypothesisClass.beta`, by `squared_loss_beta` of log m for m hypotheses."""
         return squared_loss_beta(float(np.log(len(self.J))), horizon, span, delta, scale)
 
     def excess(self) -> Float[ndarray, " m"]:
@@ -86,6 +87,7 @@ class FiniteValue:
         return self.own_loss - np.minimum(self.own_loss, self.other_loss.min(axis=1))
 
     def plan(self, beta: float, span: float, rng: np.random.Generator) -> Plan:
+        """The hypothesis of largest gain among those that fit within beta, or that fit best; it becomes current."""
         excess = self.excess()
         fits = excess <= max(beta, excess.min())
         self._current = int(np.where(fits, self.J, -np.inf).argmax())
@@ -95,18 +97,23 @@ class FiniteValue:
         return Plan(self.Q[f].argmax(axis=1), float(self.J[f]), self.V[f], self._own[f], bonus, True, False)
 
     def estimated_span(self) -> float:
+        """The span of V of the hypothesis that fits best."""
         return float(np.ptp(self.V[self.excess().argmin()]))
 
     def add(self, state: int, action: int, reward: float, following: int) -> None:
+        """Add one step to every squared loss; O(m (k + 1))."""
         self._upsilon = learn_values(state, action, reward, following, *self._arrays())
 
     def discrepancy(self) -> float:
+        """Upsilon: by how much the current hypothesis's squared loss exceeds its best auxiliary one."""
         return self._upsilon
 
     def stale(self, beta: float) -> bool:
+        """Whether Upsilon has come to 4 beta."""
         return self._upsilon >= 4 * beta
 
     def advance(self, walk: Walk, plan: Plan, beta: float, trace: Trace, start: int) -> int:
+        """As for `HypothesisClass.advance`, O(m (k + 1)) a step."""
         taken, walk.state, self._upsilon = follow_values(
             walk.world, plan.policy, walk.state, walk.rng, *self._arrays(), self._upsilon, 4 * beta,
             *trace.part(start, trace.rewards.size),
@@ -117,10 +124,12 @@ class FiniteValue:
         return self._own, self._others, self.V, self.own_loss, self.other_loss, self._current
 
     def state_dict(self) -> dict[str, Any]:
+        """All squared losses and the current hypothesis."""
         losses = {"own_loss": self.own_loss.copy(), "other_loss": self.other_loss.copy()}
         return losses | {"current": self._current, "upsilon": self._upsilon}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the list must be of the same hypotheses."""
         self.own_loss, self.other_loss = np.array(state["own_loss"]), np.array(state["other_loss"])
         self._current, self._upsilon = int(state["current"]), float(state["upsilon"])
 
@@ -169,9 +178,15 @@ class FiniteModels:
         return int(self.likelihoods.argmax())
 
     def beta(self, horizon: int, span: float, delta: float, scale: float) -> float:
+        """scale * log(m horizon / delta) for m models: a gap of log-likelihoods; the span plays no part."""
         return scale * float(np.log(len(self.J) * horizon / delta))
 
     def plan(self, beta: float, span: float, rng: np.random.Generator) -> Plan:
+        """The model of largest gain whose log-likelihood is at most beta below the best; it becomes current.
+
+        Raises:
+            ValueError: no model allows what was observed.
+        """
         best = self.likelihoods.max()
         if best == -np.inf:
             raise ValueError("models must include one that allows what was observed, but none does")
@@ -180,9 +195,11 @@ class FiniteModels:
         return Plan(s.policy, s.gain, s.bias, s.q + s.gain, np.zeros_like(s.q), True, False)
 
     def estimated_span(self) -> float:
+        """The span of V* in the likeliest model."""
         return self.solutions[self.likeliest()].span
 
     def add(self, state: int, action: int, reward: float, following: int) -> None:
+        """Add one step to the log-likelihoods and to the distances between models; O(m)."""
         self._distance = learn_models(state, action, reward, following, *self._arrays())
         self._n_seen += 1
 
@@ -191,9 +208,11 @@ class FiniteModels:
         return self._distance
 
     def stale(self, beta: float) -> bool:
+        """Whether the distance from the likeliest model has come to 3 sqrt(beta times the steps seen)."""
         return self._distance >= 3 * math.sqrt(beta * self._n_seen)
 
     def advance(self, walk: Walk, plan: Plan, beta: float, trace: Trace, start: int) -> int:
+        """As for `HypothesisClass.advance`, O(m) a step."""
         taken, walk.state, self._distance = follow_models(
             walk.world, plan.policy, walk.state, walk.rng, *self._arrays(), self._distance, beta, self._n_seen,
             *trace.part(start, trace.rewards.size),
@@ -206,6 +225,7 @@ class FiniteModels:
         return self._log_P, self._log_R, self._log_not_R, *learnt
 
     def state_dict(self) -> dict[str, Any]:
+        """Log-likelihoods, visits, sums of distances, and the current model."""
         return {
             "likelihoods": self.likelihoods.copy(),
             "visits": self.visits.copy(),
@@ -216,6 +236,7 @@ class FiniteModels:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the list must be of the same models."""
         self.likelihoods, self.visits = np.array(state["likelihoods"]), np.array(state["visits"])
         self._take(int(state["current"]))
         self._sums = np.array(state["sums"])

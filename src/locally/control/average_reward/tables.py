@@ -63,6 +63,7 @@ class TabularValue:
         self._upsilon = 0.0
 
     def beta(self, horizon: int, span: float, delta: float, scale: float) -> float:
+        """As for `HypothesisClass.beta`, by `squared_loss_beta` of S A."""
         return squared_loss_beta(float(self.n_states * self.n_actions), horizon, span, delta, scale)
 
     def _estimates(self) -> tuple[Float[ndarray, "S A S"], Float[ndarray, "S A"], Float[ndarray, "S A"]]:
@@ -70,6 +71,7 @@ class TabularValue:
         return self.arrivals / n[:, :, None], self.rewards / n, 1 / n
 
     def plan(self, beta: float, span: float, rng: np.random.Generator) -> Plan:
+        """The most optimistic table of the confidence set, which becomes current; see `optimistic_plan`."""
         P, r, metric = self._estimates()
         plan = optimistic_plan(
             P, r, metric, beta, span=span, ceiling=1.0, planner=self.planner, n_starts=self.n_starts, rng=rng
@@ -85,9 +87,11 @@ class TabularValue:
         return float(optimistic_plan(P, r, metric, 0.0, ceiling=1.0).V.max())
 
     def add(self, state: int, action: int, reward: float, following: int) -> None:
+        """Take in one step, O(1)."""
         self._upsilon = learn_table(state, action, reward, following, *self._arrays(), self.lam, self._upsilon)
 
     def discrepancy(self) -> float:
+        """Upsilon of the current table, kept up step by step."""
         return self._upsilon
 
     def recomputed_discrepancy(self) -> float:
@@ -96,9 +100,11 @@ class TabularValue:
         return float((n * (self._w - (self.rewards + self.arrivals @ self._V) / n) ** 2).sum())
 
     def stale(self, beta: float) -> bool:
+        """Whether Upsilon has come to 4 beta."""
         return self._upsilon >= 4 * beta
 
     def advance(self, walk: Walk, plan: Plan, beta: float, trace: Trace, start: int) -> int:
+        """As for `HypothesisClass.advance`, O(1) a step."""
         taken, walk.state, self._upsilon = follow_table(
             walk.world, plan.policy, walk.state, walk.rng, *self._arrays(), self.lam, self._upsilon, 4 * beta,
             *trace.part(start, trace.rewards.size),
@@ -109,10 +115,12 @@ class TabularValue:
         return self.visits, self.arrivals, self.rewards, self._w, self._V, self._targets
 
     def state_dict(self) -> dict[str, Any]:
+        """Counts, sums, the current table with its V, and Upsilon."""
         names = ("visits", "arrivals", "rewards", "w", "V", "targets")
         return {name: array.copy() for name, array in zip(names, self._arrays())} | {"upsilon": self._upsilon}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the class must have been constructed with the same sizes."""
         arrays = (np.array(state[name]) for name in ("visits", "arrivals", "rewards", "w", "V", "targets"))
         self.visits, self.arrivals, self.rewards, self._w, self._V, self._targets = arrays
         self._upsilon = float(state["upsilon"])

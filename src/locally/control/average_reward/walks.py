@@ -45,9 +45,11 @@ class Walk:
         return self.state, reward
 
     def state_dict(self) -> dict[str, Any]:
+        """The state that the process is in, and the generator of its draws."""
         return {"state": self.state, "rng": self.rng.bit_generator.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken, on the same process."""
         self.state = int(state["state"])
         self.rng.bit_generator.state = state["rng"]
 
@@ -62,9 +64,11 @@ class Trace:
 
     @classmethod
     def empty(cls, steps: int) -> "Trace":
+        """One with room for `steps` steps, not yet filled."""
         return cls(np.empty(steps, np.int64), np.empty(steps, np.int64), np.empty(steps))
 
     def part(self, start: int, stop: int) -> tuple[ndarray, ndarray, ndarray]:
+        """Views of states, actions and rewards from step `start` up to `stop`: writing to them fills the trace."""
         return self.states[start:stop], self.actions[start:stop], self.rewards[start:stop]
 
 
@@ -72,7 +76,8 @@ class Trace:
 class FastAgent(Agent, Protocol):
     """An agent that also walks many steps at once, to the same effect as step by step."""
 
-    def advance(self, walk: Walk, trace: Trace) -> None: ...
+    def advance(self, walk: Walk, trace: Trace) -> None:
+        """Walk as many steps as `trace` holds and write them there; the walk moves on."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,7 @@ class Regret:
 
     @property
     def n_switches(self) -> int:
+        """Changes of policy after the first plan."""
         return len(self.switch_times)
 
     def at(self, time: int, which: str = "realised") -> float:

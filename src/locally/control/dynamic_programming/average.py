@@ -24,8 +24,10 @@ APERIODICITY = 0.5  # weight of the step in value iteration; below 1, or periodi
 
 
 class Status(StrEnum):
+    """How a solve of an average-reward process ended; set by the solver, read from `AverageRewardSolution.status`."""
+
     CONVERGED = "converged"
-    ITERATION_LIMIT = "iteration limit"
+    ITERATION_LIMIT = "iteration limit"  # also where the callback ended it
     GAIN_VARIES = "the best gain depends on the start: the process is not weakly communicating"
 
 
@@ -56,6 +58,7 @@ class AverageRewardSolution:
 
     @property
     def success(self) -> bool:
+        """Whether the status is CONVERGED."""
         return self.status is Status.CONVERGED
 
 

@@ -49,6 +49,7 @@ class AdversarialMDP(LayeredProcess):
 
     @property
     def n_episodes(self) -> int:
+        """Episodes for which losses are laid down."""
         return self.thetas.shape[0]
 
     def losses(self, k: int) -> Float[ndarray, "H S A"]:

@@ -29,10 +29,12 @@ class FiniteProcess:
 
     @property
     def n_states(self) -> int:
+        """S."""
         return self.P.shape[-1]
 
     @property
     def n_actions(self) -> int:
+        """A."""
         return self.P.shape[-2]
 
     def _check_dynamics(self) -> None:
@@ -48,6 +50,7 @@ class LayeredProcess(FiniteProcess):
 
     @property
     def horizon(self) -> int:
+        """H, steps of an episode."""
         return self.P.shape[0]
 
 

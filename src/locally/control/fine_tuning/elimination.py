@@ -299,6 +299,7 @@ class FTPedel:
 
     @property
     def horizon(self) -> int:
+        """H, steps of an episode."""
         return self.features.shape[0]
 
     # How it is run ----------------------------------------------------------------------------------------------------

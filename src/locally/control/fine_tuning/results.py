@@ -9,8 +9,10 @@ from numpy import ndarray
 
 
 class Status(StrEnum):
-    EXPLORING = "exploring"
-    CERTIFIED = "certified"
+    """Where elimination stands; set by `FTPedel`, read from it and from `FineTuningResult.status`."""
+
+    EXPLORING = "exploring"  # still playing: there is no answer yet
+    CERTIFIED = "certified"  # one policy is left, or the last phase is over
     EPISODE_LIMIT = "episode limit: the answer is not certified"
 
 
@@ -33,10 +35,12 @@ class Phase:
     width: float
 
     def to_dict(self) -> dict[str, Any]:
+        """Its fields, as plain JSON data."""
         return asdict(self) | {"episodes": list(self.episodes)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "Phase":
+        """The phase that `to_dict` wrote."""
         return cls(**(data | {"episodes": tuple(data["episodes"])}))
 
 

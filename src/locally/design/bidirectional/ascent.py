@@ -26,13 +26,17 @@ Callback = Callable[[int, "Step"], bool | None]
 class Auxiliary(Protocol):
     """A score that is higher where a design is better, as a function of the features."""
 
-    def predict(self, features: Float[Tensor, "n p"]) -> Float[Tensor, " n"]: ...
+    def predict(self, features: Float[Tensor, "n p"]) -> Float[Tensor, " n"]:
+        """Its score of every row."""
 
-    def gradient(self, features: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]: ...
+    def gradient(self, features: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
+        """The derivative of each row's score in that row."""
 
 
 class Status(StrEnum):
-    FINISHED = "finished"
+    """How an ascent ended; set by `Ascent.run`."""
+
+    FINISHED = "finished"  # all steps are done
     STOPPED = "stopped by the callback"
     NOT_FINITE = "not finite: the designs are those before the step that failed"
 
@@ -65,10 +69,12 @@ class AscentState:
 
     @classmethod
     def start(cls, theta: Float[Tensor, "designs *shape"], gamma: float) -> "AscentState":
+        """The state before step 0: these designs, and the same weight gamma for all."""
         weights = torch.full((len(theta),), gamma, dtype=theta.dtype, device=theta.device)
         return cls(theta.clone(), weights, Adam.like(theta), Adam.like(weights))
 
     def copy(self) -> "AscentState":
+        """One that shares no tensor with this."""
         return AscentState(self.theta.clone(), self.gamma.clone(), self.adam.copy(), self.gamma_adam.copy(), self.step)
 
 
@@ -95,10 +101,12 @@ class Ascent:
 
     @property
     def first_gamma(self) -> float:
+        """gamma at step 0."""
         return self.weight.start if isinstance(self.weight, AdaptiveWeight) else float(self.weight)
 
     @property
     def adapts(self) -> bool:
+        """Whether weight or rate is adaptive, which needs an auxiliary model."""
         return isinstance(self.weight, AdaptiveWeight) or isinstance(self.rate, AdaptiveRate)
 
     @torch.no_grad()  # of the model's own parameters; what is differentiated is differentiated by torch.func

@@ -49,9 +49,11 @@ class RidgeEnsemble:
         return self
 
     def predict(self, features: Float[Tensor, "n p"]) -> Float[Tensor, " n"]:
+        """Scores in the units of those it was fitted to; needs `fit`."""
         return features @ self.coefficients + self.intercept
 
     def gradient(self, features: Float[Tensor, "n p"]) -> Float[Tensor, "n p"]:
+        """The coefficients, once for each row, without a copy; needs `fit`."""
         return self.coefficients.expand(len(features), -1)
 
 

@@ -42,7 +42,8 @@ class Head(Protocol):
     def predict(self, features: Float[Tensor, "n p"]) -> Float[Tensor, " n"]:
         """Standardised scores."""
 
-    def losses(self, features: Float[Tensor, "n p"]) -> Losses: ...
+    def losses(self, features: Float[Tensor, "n p"]) -> Losses:
+        """Both losses of each row taken as a design, with their gradients in the features."""
 
 
 def offline_weights(scores: Float[Tensor, " n"], tilt: float) -> Float[Tensor, " n"]:
@@ -109,9 +110,11 @@ class LinearizedHead:
         self.s = float(weights @ y.square())
 
     def predict(self, features: Float[Tensor, "n p"]) -> Float[Tensor, " n"]:
+        """Standardised scores, one product a row."""
         return features @ self.w
 
     def losses(self, features: Float[Tensor, "n p"]) -> Losses:
+        """Both losses and their gradients in closed form; arXiv 2301.02931, Section 4."""
         h = features
         gap = h @ self.w - self.target
         norm = h.square().sum(1).clamp(min=TINY)
@@ -173,9 +176,11 @@ class KernelHead:
         self.alpha = torch.linalg.solve(K + beta * torch.eye(len(K), dtype=K.dtype, device=K.device), self.y)
 
     def predict(self, features: Float[Tensor, "n p"]) -> Float[Tensor, " n"]:
+        """Standardised scores by kernel regression on the table: n kernel values a row."""
         return self.kernel(features, self.X) @ self.alpha
 
     def losses(self, features: Float[Tensor, "n p"]) -> Losses:
+        """Both losses and their gradients, by one differentiated pass; arXiv 2209.07507."""
         h = features.detach().requires_grad_()
         with torch.enable_grad():
             K = self.kernel(h, self.X)

@@ -177,10 +177,22 @@ class BDIDesigner:
         return self
 
     def predict(self, sequences: Sequences) -> Float[ndarray, " n"]:
+        """Scores by regression with the infinite network's kernel, in the units of the table; needs `fit`."""
         points = torch.as_tensor(self.logits_.forth(self.space.encode(sequences)))
         return self.scores_.back(self.head_.predict(points))
 
     def design(self, n: int | None = None, *, callback: Callback | None = None) -> BDIResult:
+        """Ascend from the best sequences of the table and read a sequence off each end point; needs `fit`.
+
+        Args:
+            n: how many, at most the table's size; default `n_designs`.
+            callback: as for `Ascent.run`.
+
+        Raises:
+            TypeError, ValueError: n is out of range.
+
+        O(steps n m) kernel values for a table of m sequences.
+        """
         n = self.n_designs if n is None else n
         check_count("n", n)
         if n > len(self._best):

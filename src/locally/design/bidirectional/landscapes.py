@@ -42,10 +42,12 @@ class MotifLandscape:
 
     @property
     def space(self) -> SequenceSpace:
+        """DNA of this length."""
         return SequenceSpace("dna", self.length)
 
     @property
     def motifs(self) -> Int[ndarray, "motifs width"]:
+        """Letters of each motif, as indices; they follow from the seed."""
         return np.random.default_rng(self.seed).integers(0, 4, (len(EFFECTS), self.width))
 
     def draw(self, n: int, mutation: float, rng: np.random.Generator) -> Int[ndarray, "n length"]:
@@ -64,6 +66,7 @@ class MotifLandscape:
         return found
 
     def score(self, sequences: Int[ndarray, "n length"]) -> Float[ndarray, " n"]:
+        """True scores of index arrays, O(length width) for each sequence and motif."""
         windows = np.lib.stride_tricks.sliding_window_view(sequences, self.width, axis=1)
         matches = np.stack([(windows == motif).mean(2).max(1) for motif in self.motifs], axis=1)
         return matches**3 @ np.array(EFFECTS)

@@ -121,6 +121,7 @@ class MaskedLM(nn.Module):
         return x
 
     def logits(self, tokens: Float[Tensor, "n length tokens"]) -> Float[Tensor, "n length letters"]:
+        """Unnormalised log probabilities of the letter at every position."""
         return self.head(self.norm(self.states(tokens)))
 
     def forward(self, tokens: Float[Tensor, "n length letters"]) -> Float[Tensor, "n width"]:

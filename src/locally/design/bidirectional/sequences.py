@@ -58,6 +58,7 @@ class SequenceSpace:
 
     @property
     def letters(self) -> int:
+        """Size of the alphabet."""
         return len(self.alphabet)
 
     def encode(self, sequences: Sequences, name: str = "sequences") -> Int[ndarray, "n length"]:
@@ -89,13 +90,16 @@ class SequenceSpace:
         return indices
 
     def decode(self, indices: Int[ndarray, "n length"]) -> list[str]:
+        """Sequences as strings, from the indices of their letters."""
         letters = np.array(list(self.alphabet))
         return ["".join(row) for row in letters[indices]]
 
     def one_hot(self, indices: Int[ndarray, "n length"]) -> Float[ndarray, "n length letters"]:
+        """1 at each letter, 0 elsewhere, in float64."""
         return np.eye(self.letters)[indices]
 
     def random(self, n: int, rng: np.random.Generator) -> Int[ndarray, "n length"]:
+        """n sequences of letters drawn uniformly and independently."""
         return rng.integers(0, self.letters, (n, self.length))
 
     def _checked(self, indices: ndarray, name: str) -> ndarray:

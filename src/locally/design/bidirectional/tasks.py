@@ -33,6 +33,7 @@ class Evaluation:
     scores: Float[ndarray, " designs"]
 
     def figures(self) -> Mapping[str, float]:
+        """The figures by the names that tables and claims give them."""
         return {
             "best score": self.max,
             "median score": self.median,
@@ -69,6 +70,7 @@ class OfflineTask:
         return evaluate_designs(self.oracle, self.space, designs, self.sequences, self.low, self.high)
 
     def normalised(self, scores: Float[ndarray, " n"]) -> Float[ndarray, " n"]:
+        """Scores on the scale on which `low` is 0 and `high` is 1."""
         return (scores - self.low) / (self.high - self.low)
 
 

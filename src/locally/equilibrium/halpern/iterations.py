@@ -149,9 +149,11 @@ class VRFoRB:
             check_positive("snapshot", self.snapshot, below=1)
 
     def probability(self, n: int) -> float:
+        """p for n components: `snapshot`, or min(1/n, 1/2)."""
         return self.snapshot or min(1 / n, 0.5)
 
     def tau(self, n: int, eta: float, L: float) -> float:
+        """The step size for n components with Lipschitz constant L, as above; > 0."""
         p = self.probability(n)
         return self.step * math.sqrt(p * (1 - p)) / (eta * L + 1)
 

@@ -25,6 +25,8 @@ DIVERGENCE = 1e3  # residual over the first one at which a run is given up
 
 
 class Status(StrEnum):
+    """How a run ended; set by every solver of this room, read from `Solution.status`."""
+
     CONVERGED = "converged"
     BUDGET_SPENT = "budget of evaluations or iterations spent before the tolerance was met"
     DIVERGING = "diverging: step too long, or the operator is not what the method needs"
@@ -73,6 +75,7 @@ class Solution:
 
     @property
     def success(self) -> bool:
+        """Whether the status is CONVERGED."""
         return self.status is Status.CONVERGED
 
     def residual_after(self, evaluations: float | int) -> float:

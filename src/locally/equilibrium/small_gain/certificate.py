@@ -47,6 +47,8 @@ MATRIX_FREE_DIMENSION = 2000
 
 
 class CertificateStatus(StrEnum):
+    """Whether block weights certify the game, and if not, what stands in the way; set by `SmallGainCertifier`."""
+
     CERTIFIED = "certified"
     NO_CURVATURE = "a player's own curvature is not positive"
     COUPLING_TOO_STRONG = "no block weights certify: the coupling is too strong for the curvature"
@@ -96,6 +98,7 @@ class SGNCertificate:
 
     @property
     def feasible(self) -> bool:
+        """Whether the status is CERTIFIED."""
         return self.status is CertificateStatus.CERTIFIED
 
     @property
@@ -121,6 +124,7 @@ class SGNCertificate:
 
     @property
     def euler_step_opt(self) -> float:
+        """The step of the best certified factor, half of `euler_step_max`; 0 where that is."""
         return self._step(step_sizes.euler_step_opt)
 
     @property
@@ -130,14 +134,17 @@ class SGNCertificate:
 
     @property
     def rk4_step_rigorous(self) -> float:
+        """Runge-Kutta steps up to it contract; 0 if nothing is certified or beta is unknown."""
         return self._step(step_sizes.rk4_step_rigorous)
 
     @property
     def extragradient_step(self) -> float:
+        """The step of the extragradient method's bound; 0 if nothing is certified or beta is unknown."""
         return self._step(step_sizes.extragradient_step)
 
     @property
     def optimistic_step(self) -> float:
+        """1 / (4 beta), for the optimistic method; 0 if nothing is certified or beta is unknown."""
         return self._step(step_sizes.optimistic_step)
 
     @property
@@ -184,6 +191,7 @@ class SGNCertificate:
 
     @classmethod
     def from_json(cls, text: str) -> "SGNCertificate":
+        """The certificate that `to_json` wrote."""
         data: dict[str, Any] = json.loads(text)
         for name in ("weights", "mu", "own_lipschitz"):
             if data[name] is not None:

@@ -23,6 +23,8 @@ DIVERGENCE = 1e8  # residuals beyond this multiple of the first mean that the ru
 
 
 class PlayStatus(StrEnum):
+    """How a run ended; set by `GradientPlay`, for a batch by its worst point."""
+
     CONVERGED = "converged"
     ITERATION_LIMIT = "iteration limit"
     DIVERGED = "diverged: the step is too large, or there is nothing to converge to"
@@ -48,6 +50,7 @@ class Play:
 
     @property
     def steps(self) -> int:
+        """Steps that were made."""
         return len(self.residual_norms) - 1
 
 

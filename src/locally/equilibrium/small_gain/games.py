@@ -31,10 +31,12 @@ class Game(ABC):
 
     @property
     def players(self) -> int:
+        """Number of players."""
         return len(self.block_sizes)
 
     @property
     def dimension(self) -> int:
+        """Entries of all players' strategies together."""
         return sum(self.block_sizes)
 
     @property

@@ -284,6 +284,7 @@ class MirrorCertificate:
 
     @property
     def feasible(self) -> bool:
+        """Whether the margin is positive."""
         return self.margin > 0
 
     @property

@@ -42,6 +42,7 @@ class OptimalWeights:
 
     @property
     def feasible(self) -> bool:
+        """Whether the margin is positive."""
         return self.margin > 0
 
 

@@ -30,6 +30,7 @@ class Region(ABC):
 
     @property
     def dimension(self) -> int:
+        """Entries of a point."""
         return len(self.centre)
 
     @abstractmethod

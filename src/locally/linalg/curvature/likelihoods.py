@@ -32,12 +32,14 @@ class Categorical:
     dim: int = 1
 
     def information(self, outputs: Float[Tensor, "..."], tangent: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """(diag(p) - p p^T) times the tangent, at every position."""
         p = outputs.softmax(self.dim)
         return p * (tangent - (p * tangent).sum(self.dim, keepdim=True))
 
     def sample_scores(
         self, outputs: Float[Tensor, "..."], count: int, generator: Generator
     ) -> Float[Tensor, "count ..."]:
+        """p - e_y, with y drawn from p at every position."""
         p = outputs.softmax(self.dim).movedim(self.dim, -1)
         drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), count, replacement=True, generator=generator)
         hits = torch.nn.functional.one_hot(drawn.T, p.shape[-1]).to(p.dtype)
@@ -49,12 +51,14 @@ class Bernoulli:
     """Every output is the logit of an independent coin."""
 
     def information(self, outputs: Float[Tensor, "..."], tangent: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """p (1 - p) times the tangent, entry by entry."""
         p = outputs.sigmoid()
         return p * (1 - p) * tangent
 
     def sample_scores(
         self, outputs: Float[Tensor, "..."], count: int, generator: Generator
     ) -> Float[Tensor, "count ..."]:
+        """p - y, with y = 1 with probability p."""
         p = outputs.sigmoid().expand(count, *outputs.shape)
         return p - torch.bernoulli(p, generator=generator)
 
@@ -69,11 +73,13 @@ class Gaussian:
         check_positive("variance", self.variance)
 
     def information(self, outputs: Float[Tensor, "..."], tangent: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        """The tangent over the variance."""
         return tangent / self.variance
 
     def sample_scores(
         self, outputs: Float[Tensor, "..."], count: int, generator: Generator
     ) -> Float[Tensor, "count ..."]:
+        """Normal draws of variance 1 / variance."""
         shape = (count, *outputs.shape)
         noise = torch.randn(shape, generator=generator, dtype=outputs.dtype, device=outputs.device)
         return noise / self.variance**0.5

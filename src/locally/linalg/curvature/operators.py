@@ -30,6 +30,8 @@ LINEARISED, PER_VECTOR = 4, 2
 
 
 class Reduction(StrEnum):
+    """What the loss does over examples, and the operator over the data; chosen by the caller."""
+
     MEAN = "mean"
     SUM = "sum"
 

@@ -11,6 +11,8 @@ from locally.linalg.krylov import kernels
 
 
 class Status(StrEnum):
+    """How the solve of one system ended; set by the solvers, read from `Solution`."""
+
     CONVERGED = "converged"
     ITERATION_LIMIT = "iteration limit"
     STAGNATED = "stagnated: rounding keeps the residual above the tolerance"
@@ -60,6 +62,7 @@ class Solution:
 
     @property
     def converged(self) -> Bool[Tensor, "*batch"]:
+        """Which systems have the status CONVERGED."""
         return self.codes == kernels.CONVERGED
 
     @property

@@ -21,6 +21,8 @@ from locally.linalg.lanczos.recurrence import (
 
 
 class Status(StrEnum):
+    """How a search for extreme eigenpairs ended; set by `ExtremeEigenvalues`."""
+
     CONVERGED = "converged"
     PRODUCT_LIMIT = "product limit: the residuals say how far each pair has come"
 
@@ -71,6 +73,7 @@ class ExtremeEigenvalues:
 
     @property
     def wanted(self) -> int:
+        """Eigenpairs from both ends together."""
         return self.largest + self.smallest
 
     def solve(

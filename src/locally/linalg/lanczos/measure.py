@@ -41,6 +41,7 @@ class SpectralMeasure:
 
     @property
     def smallest(self) -> float:
+        """The smallest Ritz value: never below the smallest eigenvalue."""
         return float(self._seen().min())
 
     def trace(self, function: Callable[[Tensor], Tensor]) -> Estimate:

@@ -32,6 +32,7 @@ class KrylovBasis:
     steps: Int[Tensor, " k"]
 
     def tridiagonal(self) -> Float[Tensor, "k m m"]:
+        """T_m of every starting vector, as full matrices."""
         off = self.beta[:, :-1]
         return self.alpha.diag_embed() + off.diag_embed(1) + off.diag_embed(-1)
 

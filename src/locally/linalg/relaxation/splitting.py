@@ -69,14 +69,17 @@ class Splitting:
 
     @property
     def n(self) -> int:
+        """Rows of A."""
         return self.diagonal_at.size
 
     @property
     def dtype(self) -> np.dtype:
+        """Of the entries."""
         return self.data.dtype
 
     @property
     def diagonal(self) -> Float[ndarray, " n"]:
+        """The diagonal of A, a copy."""
         return self.data[self.diagonal_at]
 
     def is_symmetric(self, *, rtol: float = 1e-10) -> bool:

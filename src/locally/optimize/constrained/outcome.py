@@ -8,6 +8,8 @@ from numpy import ndarray
 
 
 class Status(StrEnum):
+    """How a solve ended; set by every solver of this room, read from `Solution.status`."""
+
     CONVERGED = "converged"
     ITERATION_LIMIT = "iteration limit"
     RANK_DEFICIENT = "the Jacobian of the constraints is rank-deficient"
@@ -72,8 +74,10 @@ class Solution:
 
     @property
     def success(self) -> bool:
+        """Whether the status is CONVERGED."""
         return self.status is Status.CONVERGED
 
     @property
     def message(self) -> str:
+        """The status, with the cause where one is known."""
         return f"{self.status}: {self.cause}" if self.cause else str(self.status)

@@ -133,16 +133,19 @@ class GNSLogisticRegression(ClassifierMixin, BaseEstimator):
         return scores[:, 0] if len(self.classes_) == 2 else scores
 
     def predict_proba(self, X: Any) -> Float[ndarray, "n classes"]:
+        """Probabilities in the order of `classes_`; rows sum to 1."""
         scores = self.decision_function(X)
         return np.column_stack([expit(-scores), expit(scores)]) if scores.ndim == 1 else softmax(scores, axis=1)
 
     def predict_log_proba(self, X: Any) -> Float[ndarray, "n classes"]:
+        """Their logarithms, right where a probability underflows."""
         scores = self.decision_function(X)
         if scores.ndim == 1:
             return -np.logaddexp(0.0, np.column_stack([scores, -scores]))
         return scores - np.logaddexp.reduce(scores, axis=1, keepdims=True)
 
     def predict(self, X: Any) -> Shaped[ndarray, " n"]:
+        """The likeliest class of each row, from `classes_`."""
         scores = self.decision_function(X)
         return self.classes_[(scores > 0).astype(int) if scores.ndim == 1 else scores.argmax(axis=1)]
 

@@ -54,28 +54,35 @@ class Diagonal:
     d: Any
 
     def apply(self, x: Any) -> Any:
+        """d x, entry by entry."""
         return self.d * x
 
     def solve(self, s: Any) -> Any:
+        """s / d, entry by entry."""
         return s / self.d
 
     def norm(self, x: Any) -> float:
+        """(sum d x^2)^{1/2}."""
         return float((x * self.apply(x)).sum()) ** 0.5
 
     def dual_norm(self, s: Any) -> float:
+        """(sum s^2 / d)^{1/2}."""
         return float((s * self.solve(s)).sum()) ** 0.5
 
     def shift(self, H: Any, by: float) -> Any:
+        """H + by diag(d), a copy that differs on the diagonal."""
         # row by row in memory, so that the strided view below is a view and not a copy
         shifted = np.array(H, order="C") if isinstance(H, ndarray) else H.contiguous().clone()
         shifted.reshape(-1)[:: len(H) + 1] += by * self.d
         return shifted
 
     def whiten(self, s: Any) -> Any:
+        """s / sqrt(d), for a vector or for the columns of a matrix."""
         root = self.d**0.5
         return s / root if s.ndim == 1 else s / root[:, None]
 
     def colour(self, z: Any) -> Any:
+        """z / sqrt(d): L is its own transpose."""
         return self.whiten(z)
 
 
@@ -103,24 +110,31 @@ class Dense:
         self._factor = np.tril(cho_factor(B, lower=True)[0])
 
     def apply(self, x: ndarray) -> ndarray:
+        """B x, 2 n^2 operations."""
         return self.B @ x
 
     def solve(self, s: ndarray) -> ndarray:
+        """B^{-1} s by the Cholesky factor, 2 n^2 operations."""
         return cho_solve((self._factor, True), s, check_finite=False)
 
     def norm(self, x: ndarray) -> float:
+        """||L^T x||."""
         return float(np.linalg.norm(self._factor.T @ x))
 
     def dual_norm(self, s: ndarray) -> float:
+        """||L^{-1} s||."""
         return float(np.linalg.norm(self.whiten(s)))
 
     def shift(self, H: ndarray, by: float) -> ndarray:
+        """H + by B, a new matrix."""
         return H + by * self.B
 
     def whiten(self, s: ndarray) -> ndarray:
+        """L^{-1} s by forward substitution, for a vector or for the columns of a matrix."""
         return solve_triangular(self._factor, s, lower=True, check_finite=False)
 
     def colour(self, z: ndarray) -> ndarray:
+        """L^{-T} z by backward substitution."""
         return solve_triangular(self._factor, z, lower=True, trans="T", check_finite=False)
 
 
@@ -132,15 +146,19 @@ class Implicit:
     inverse: Callable[[ndarray], ndarray]
 
     def apply(self, x: ndarray) -> ndarray:
+        """B x by the function that was given."""
         return self.product(x)
 
     def solve(self, s: ndarray) -> ndarray:
+        """B^{-1} s by the function that was given."""
         return self.inverse(s)
 
     def norm(self, x: ndarray) -> float:
+        """<Bx, x>^{1/2}, one product."""
         return float(x @ self.product(x)) ** 0.5
 
     def dual_norm(self, s: ndarray) -> float:
+        """<s, B^{-1} s>^{1/2}, one solve."""
         return float(s @ self.inverse(s)) ** 0.5
 
 

@@ -25,9 +25,11 @@ class Objective:
     _held: Any = None
 
     def fun(self, x: Float[ndarray, " n"]) -> float:
+        """f(x); what was computed at the last point is remembered, gradient included."""
         return self._state(x)[0]
 
     def jac(self, x: Float[ndarray, " n"]) -> Float[ndarray, " n"]:
+        """The gradient; free where `fun` was asked for at the same x just before."""
         return self._state(x)[1]
 
     def fun_and_jac(self, x: Float[ndarray, " n"]) -> tuple[float, Float[ndarray, " n"]]:
@@ -74,6 +76,7 @@ class LogSumExp(Objective):
         return cls(A - cls(A, b, mu).jac(np.zeros(A.shape[1])), b, mu)
 
     def hess(self, x: Float[ndarray, " n"]) -> Float[ndarray, "n n"]:
+        """(A^T diag(p) A - g g^T) / mu with p the softmax weights and g the gradient."""
         g = self.jac(x)
         return self._weighted_gram(x) - np.outer(g, g) / self.mu
 

@@ -47,6 +47,7 @@ class LowRank:
         return self.U @ ((self.c * (self.U.T @ x).T).T)
 
     def dense(self) -> Float[ndarray, "n n"]:
+        """H as a full matrix, n^2 r operations."""
         R = self.root
         return R @ R.T
 

@@ -35,6 +35,7 @@ class _LinearModel(RegressorMixin, BaseEstimator):
     """predict(X) = X @ coef_; there is no intercept, since a centre would have to be learnt privately too."""
 
     def predict(self, X: Any) -> Float[ndarray, " n"]:
+        """X @ coef_, in units of y; NotFittedError before `fit`."""
         check_is_fitted(self)
         X = validate_data(self, X, reset=False, dtype=np.float64)
         return X @ self.coef_
@@ -132,6 +133,7 @@ class NLDPSparseRegression(_LinearModel):
         return MomentProtocol.for_users(n_users, n_features, self.epsilon, **options, **declared(radius=self.radius))
 
     def server(self, protocol: NonInteractiveProtocol) -> MomentServer:
+        """The server of this protocol with the estimator's own settings; it has seen no report yet."""
         public_X = None if self.public_X is None else np.asarray(self.public_X, dtype=np.float64)
         return MomentServer(
             protocol,

@@ -47,6 +47,7 @@ class GaussianRelease:
 
     @cached_property
     def lattice(self) -> LatticeScale:
+        """The grid on which the noise is drawn; see `lattice_scale`."""
         return lattice_scale(self.sigma, self.sensitivity, self.dimension, self.norm_bound)
 
     @property
@@ -111,6 +112,7 @@ class L2BallRandomizer:
 
     @property
     def step(self) -> float:
+        """What one unit of a report's integers stands for."""
         return self.magnitude / self.UNIT
 
     @property
@@ -120,6 +122,7 @@ class L2BallRandomizer:
 
     @property
     def limit(self) -> int:
+        """The largest integer that a report may hold."""
         return self.UNIT
 
     def randomise(self, vectors: Float[ndarray, "n dimension"], noise: Noise) -> Int[ndarray, "n dimension"]:

@@ -97,7 +97,8 @@ class Protocol(ABC):
 
     @property
     @abstractmethod
-    def budget(self) -> Budget: ...
+    def budget(self) -> Budget:
+        """What one user spends in all, whatever the number of users."""
 
     @property
     @abstractmethod
@@ -128,6 +129,7 @@ class Protocol(ABC):
         return hashlib.blake2b(self.to_json().encode(), digest_size=8).digest()
 
     def to_json(self) -> str:
+        """All that devices and server must agree on, keys in order; `from_json` reads it back."""
         return json.dumps({"protocol": type(self).__name__, **asdict(self)}, sort_keys=True)
 
     @staticmethod
@@ -153,6 +155,7 @@ class Protocol(ABC):
         return np.clip(X, -self.clip_x, self.clip_x), np.clip(y, -self.clip_y, self.clip_y), outside
 
     def check_records(self, X: Float[ndarray, "n d"], y: Float[ndarray, " n"]) -> None:
+        """Refuse, with a ValueError, records of another width, of unequal number, or with NaN or infinity."""
         check_shape("X", X, (None, self.n_features))
         check_shape("y", y, (len(X),))
         check_finite("X", X)
@@ -178,6 +181,7 @@ class NonInteractiveProtocol(Protocol):
 
     @property
     def budget(self) -> Budget:
+        """epsilon and delta, shared among the releases of the one report."""
         mechanism = "l2-ball randomiser" if self.calibration is Calibration.PURE else "discrete Gaussian"
         return Budget(self.epsilon, self.delta or 0.0, len(self.releases), mechanism)
 
@@ -305,6 +309,7 @@ class GradientProtocol(Protocol):
 
     @property
     def budget(self) -> Budget:
+        """epsilon once, in the one round that a user is asked in; delta is 0."""
         return Budget(self.epsilon, 0.0, 1, "l2-ball randomiser")
 
     @property

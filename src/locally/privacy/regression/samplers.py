@@ -62,6 +62,7 @@ class SecureNoise:
         self._entropy = entropy
 
     def gaussian(self, shape: tuple[int, ...], log2_scale: int) -> Int[ndarray, "..."]:
+        """Exact discrete Gaussians of parameter 2^log2_scale, log2_scale in [0, 24]; ValueError outside."""
         check_between("log2_scale", log2_scale, 0, MAX_LOG2_SCALE)
         out = np.empty(math.prod(shape), np.int64)
         done, words = 0, np.empty(0, np.uint64)
@@ -74,12 +75,14 @@ class SecureNoise:
         return out.reshape(shape)
 
     def coins(self, n: int, probability: Float[ndarray, " n"] | float) -> Bool[ndarray, " n"]:
+        """True with the given probability, drawn from 53 bits and rounded towards one half."""
         # 53-bit integers against a probability pulled four units towards 1/2: never more lopsided than asked for.
         p = np.asarray(probability, dtype=np.float64)
         threshold = np.floor(p * 2.0**53) + np.where(p > 0.5, -4, np.where(p < 0.5, 4, 0))
         return (self._words(n) >> np.uint64(11)) < np.clip(threshold, 0, 2.0**53).astype(np.uint64)
 
     def directions(self, n: int, dimension: int) -> Float[ndarray, "n dimension"]:
+        """Uniform points on the unit sphere, a row each: normals by inversion, divided by their norm."""
         uniform = ((self._words(n * dimension) >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
         return unit_rows(ndtri(uniform).reshape(n, dimension))
 
@@ -106,14 +109,17 @@ class SimulatedNoise:
         self.generator = np.random.default_rng(seed)
 
     def gaussian(self, shape: tuple[int, ...], log2_scale: int) -> Int[ndarray, "..."]:
+        """Normals of standard deviation 2^log2_scale, rounded to integers; single precision, so for simulation only."""
         draws = self.generator.standard_normal(shape, dtype=np.float32)
         draws *= np.float32(2.0**log2_scale)
         return np.rint(draws, out=draws).astype(np.int32)
 
     def coins(self, n: int, probability: Float[ndarray, " n"] | float) -> Bool[ndarray, " n"]:
+        """True with the given probability."""
         return self.generator.random(n) < probability
 
     def directions(self, n: int, dimension: int) -> Float[ndarray, "n dimension"]:
+        """Uniform points on the unit sphere, a row each."""
         return unit_rows(self.generator.standard_normal((n, dimension)))
 
 

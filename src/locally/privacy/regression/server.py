@@ -187,6 +187,7 @@ class MomentServer:
         return (covariance[0] if covariance else 0.0), cross
 
     def soft_level(self, n_users: int) -> float:
+        """The soft-threshold level for that many users: `threshold`, or the level of the noise by `noise_threshold`."""
         if not isinstance(self.threshold, str):
             return float(self.threshold)
         noise_covariance, noise_cross = self.noise_scales
@@ -260,6 +261,7 @@ class ThresholdingServer:
 
     @property
     def finished(self) -> bool:
+        """Whether all rounds are over."""
         return self.round_number >= self.protocol.n_rounds
 
     def request(self) -> bytes:

@@ -20,6 +20,8 @@ class IndefiniteCovariance(UserWarning):
 
 
 class Status(StrEnum):
+    """What became of the reports; set by the servers, read from `SparseFit.status`."""
+
     SOLVED = "solved"
     INDEFINITE = "covariance not positive definite: too few users for this budget"
     FLOORED = "eigenvalues of the covariance were raised to the floor"

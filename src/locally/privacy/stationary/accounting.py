@@ -42,17 +42,23 @@ class Adjacency(StrEnum):
 
 
 class Accountant(StrEnum):
+    """By what arithmetic releases compose; chosen by the caller, named in the privacy statement."""
+
     RDP = "rdp"  # Renyi: fast, a few per cent loose
     PLD = "pld"  # privacy loss distributions: tight, slower
 
 
 class Sampling(StrEnum):
+    """How a release picks its examples; set by the method, named in the privacy statement."""
+
     ALL = "every example"
     POISSON = "Poisson sample"  # each example independently
-    FIXED = "sample of fixed size without replacement"
+    FIXED = "sample of fixed size without replacement"  # each subset of that size alike
 
 
 class Composition(StrEnum):
+    """How the releases of a run meet one example; set by the method, named in the privacy statement."""
+
     SEQUENTIAL = "adaptive sequential"  # one example may take part in every release
     PARALLEL = "parallel"  # one example takes part in the releases of one line only
 

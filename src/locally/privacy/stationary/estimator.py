@@ -156,6 +156,7 @@ class PrivateLinearClassifier(ClassifierMixin, BaseEstimator):
         return np.column_stack([1 - p, p])
 
     def predict(self, X: Shaped[ndarray, "n d"]) -> Shaped[ndarray, " n"]:
+        """The label of each row, from `classes_`; the second where the score is positive."""
         scores = self.decision_function(X)
         return self.classes_[(scores > 0).astype(int)]
 

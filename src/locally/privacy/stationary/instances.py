@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from locally.checks import check_count
+from locally.privacy.stationary.glm import SIGMOID_SQUARE, LinearModel
 from locally.privacy.stationary.objectives import Batch, Objective
 
 
@@ -65,3 +66,32 @@ class HardInstance(Objective):
 
     def exact_gradient(self, w: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
         return self.gradient_sum(w) / self.size
+
+
+def logistic_population(n: int, d: int, seed: int, samples: int) -> tuple[LinearModel, list[LinearModel]]:
+    """Rows uniform on the unit sphere, labels from a logistic model of norm 5: the population, and samples of it.
+
+    The population is 5 000 rows with the chance of either label in place of a label.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    direction = 5 * normalize(torch.randn(d, generator=generator, dtype=torch.float64), dim=0)
+
+    def draw(rows: int) -> tuple[Tensor, Tensor]:
+        X = normalize(torch.randn(rows, d, generator=generator, dtype=torch.float64))
+        return X, torch.sigmoid(X @ direction)
+
+    X, chance = draw(5_000)
+    population, models = LinearModel(X, chance, data_norm=1 + 1e-12), []
+    for _ in range(samples):
+        X, chance = draw(n)
+        y = (torch.rand(n, generator=generator, dtype=torch.float64) < chance).double()
+        models.append(LinearModel(X, y, data_norm=1 + 1e-12))
+    return population, models
+
+
+def low_rank_model(n: int, d: int, rank: int, seed: int) -> LinearModel:
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(d, rank, generator=generator)).Q
+    codes = normalize(torch.randn(n, rank, generator=generator))
+    y = (torch.rand(n, generator=generator) < torch.sigmoid(5 * codes[:, 0])).float()
+    return LinearModel(codes @ basis.T, y, data_norm=1 + 1e-5, loss=SIGMOID_SQUARE)

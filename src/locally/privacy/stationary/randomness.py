@@ -33,6 +33,7 @@ class Randomness:
         return int(torch.randint(low, high, (), generator=self.generator, device=self.generator.device))
 
     def permutation(self, n: int) -> Int[Tensor, " n"]:
+        """0, ..., n - 1 in a uniformly random order."""
         return self.uniform(n).argsort()
 
     def subset(self, n: int, size: int) -> Int[Tensor, " size"]:

@@ -10,6 +10,8 @@ from locally.privacy.stationary.accounting import PrivacyStatement
 
 
 class Status(StrEnum):
+    """Whether a private run went as planned; set by every method of this room, read from `PrivateResult.status`."""
+
     FINISHED = "finished"
     STATIONARY = "stopped early: the released gradient is below the stopping level"
     STEP_LIMIT = "completed, but max_steps kept an inner solver from the steps that its analysis asks for"

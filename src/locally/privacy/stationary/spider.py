@@ -37,8 +37,10 @@ Callback = Callable[[int, Float[Tensor, " d"], float], None]
 
 
 class Output(StrEnum):
+    """Which iterate is released as the answer; chosen by the caller."""
+
     UNIFORM = "uniform"  # a step drawn before the run: what the theorems are about
-    LAST = "last"
+    LAST = "last"  # after the last step; no theorem is about it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -116,6 +116,14 @@ def solve_both(indptr, indices, data, r):
 
 @dataclass(frozen=True)
 class DeflatedSolution:
+    """What deflated conjugate gradients return.
+
+    Attributes:
+        x: the last iterate.
+        residual_norms: ||b - A x_k||_2 for k = 0, 1, ... as the recurrence knows it.
+        converged: ||b - A x||_2, computed from x, is at most 1.01 rtol ||b||_2.
+    """
+
     x: Float[ndarray, " n"]
     residual_norms: Float[ndarray, " steps"]
     converged: bool

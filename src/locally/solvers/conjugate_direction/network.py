@@ -50,6 +50,7 @@ class NetworkConfig:
         check_choice("input_scale", self.input_scale, ("rms", "unit"))
 
     def to_dict(self) -> dict[str, Any]:
+        """Its fields, as a checkpoint keeps them."""
         return asdict(self)
 
 

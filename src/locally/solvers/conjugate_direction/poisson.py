@@ -24,9 +24,11 @@ from locally.linalg.krylov import Operator
 
 
 class Cell(IntEnum):
-    FLUID = 0
-    SOLID = 1
-    AIR = 2
+    """What a cell of the grid holds; the numbers are those in `Domain.cells`."""
+
+    FLUID = 0  # has an unknown: the pressure
+    SOLID = 1  # a wall: nothing flows through it (Neumann)
+    AIR = 2  # open: the pressure is 0 (Dirichlet)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,18 +92,22 @@ class Domain:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Of the grid."""
         return tuple(self.cells.shape)
 
     @property
     def ndim(self) -> int:
+        """2 or 3."""
         return self.cells.ndim
 
     @property
     def n(self) -> int:
+        """Cells of the grid, of whatever kind: the size of the matrix."""
         return self.cells.size
 
     @cached_property
     def fluid(self) -> Bool[ndarray, "..."]:
+        """Which cells are fluid."""
         return self.cells == Cell.FLUID
 
     @cached_property

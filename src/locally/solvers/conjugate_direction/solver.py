@@ -30,6 +30,8 @@ PROGRESS = 0.99  # a residual norm below this times the least so far is progress
 
 
 class Status(StrEnum):
+    """How the solve of one system ended; set by the solver, read from `Solution.statuses`."""
+
     CONVERGED = "converged"
     ITERATION_LIMIT = "iteration limit"
     STAGNATED = "stagnated: the directions no longer reduce the residual"
@@ -66,6 +68,7 @@ class Solution:
 
     @property
     def converged(self) -> bool:
+        """Whether every system has the status CONVERGED."""
         return self.status is Status.CONVERGED
 
 

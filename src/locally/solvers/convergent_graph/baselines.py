@@ -51,6 +51,7 @@ class StackedGNN(GraphNetwork):
         )
 
     def states(self, graph: Graph) -> Float[Tensor, "nodes width"]:
+        """What the encoder gives for the nodes."""
         return self.encoder(graph)[0]
 
 
@@ -88,6 +89,7 @@ class IGNN(GraphNetwork):
         self.weight = nn.Parameter(torch.randn(heads, heads) * kappa / heads)
 
     def states(self, graph: Graph) -> Float[Tensor, "nodes width"]:
+        """The equilibrium, from zero; gradients by the implicit function theorem."""
         bias, _ = self.encoder(graph)
         source, target = graph.edge_index
         share = 1 / torch.bincount(target, minlength=graph.num_nodes).clamp(min=1).to(bias.dtype)[:, None]
@@ -158,6 +160,7 @@ class SSE(GraphNetwork):
         self.transition = mlp(2 * node_dim + edge_dim + hidden, mlp_hidden, hidden, "relu", last=False)
 
     def states(self, graph: Graph) -> Float[Tensor, "nodes width"]:
+        """The state after at most `steps` sweeps from zero; the gradient sees the last one."""
         source, target = graph.edge_index
 
         def step(h: Tensor) -> Tensor:
@@ -201,6 +204,7 @@ class APPNP(GraphNetwork):
         self.fixed_point = ContractingFixedPoint(gamma, flow=flow)
 
     def states(self, graph: Graph) -> Float[Tensor, "nodes width"]:
+        """The fixed point of averaging over neighbours with restarts at the encoded nodes."""
         bias = (1 - self.fixed_point.gamma) * self.encoder(graph.x)
         logit = bias.new_ones(graph.edge_index.shape[1], bias.shape[1])
         return self.fixed_point(graph.edge_index, logit, bias, graph.batch, graph.num_graphs)
@@ -233,6 +237,7 @@ class GIN(GraphNetwork):
         self.layers = nn.ModuleList(mlp(i, mlp_hidden, o, activation) for i, o in pairwise(widths))
 
     def states(self, graph: Graph) -> Float[Tensor, "nodes width"]:
+        """Node features after `len(layers)` rounds of messages."""
         source, target = graph.edge_index
         x = graph.x
         for eps, edge, layer in zip(self.eps, self.edges, self.layers):

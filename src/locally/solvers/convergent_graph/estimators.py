@@ -235,6 +235,7 @@ class CGSClassifier(ClassifierMixin, _CGSEstimator):
         return self._outputs(_graphs(graphs))[1].softmax(1).cpu().numpy()
 
     def predict(self, graphs: Sequence[Any]) -> np.ndarray:
+        """The likeliest class of each graph, from `classes_`."""
         return self.classes_[self.predict_proba(graphs).argmax(1)]
 
 

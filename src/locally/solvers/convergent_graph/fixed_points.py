@@ -27,6 +27,8 @@ ASK_EVERY = 8  # sweeps between questions to an accelerator whether it is done: 
 
 
 class Method(StrEnum):
+    """How fixed points are found; chosen by the caller, "auto" by the solver. See `FixedPointSolver`."""
+
     AUTO = "auto"
     PICARD = "picard"
     ANDERSON = "anderson"
@@ -36,6 +38,8 @@ class Method(StrEnum):
 
 
 class Status(StrEnum):
+    """How the solve of one graph ended, best first; set by `FixedPointSolver`, read from `FixedPoint.statuses`."""
+
     CONVERGED = "converged"
     ROUNDING = "rounding keeps the error bound above the tolerance"
     ITERATION_LIMIT = "iteration limit"

@@ -31,6 +31,7 @@ class Graph:
 
     @property
     def num_nodes(self) -> int:
+        """Nodes of all graphs together."""
         return self.x.shape[0]
 
     def to(self, device: torch.device | str) -> "Graph":

@@ -28,6 +28,7 @@ class Activation(StrEnum):
 
     @property
     def code(self) -> int:
+        """The number that kernels know it by."""
         return list(Activation).index(self)
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -102,10 +103,12 @@ class Sparsity:
 
     @property
     def num_nodes(self) -> int:
+        """Nodes of all graphs together."""
         return int(self.starts[-1])
 
     @property
     def num_graphs(self) -> int:
+        """Graphs side by side."""
         return self.starts.numel() - 1
 
     @cached_property
@@ -127,6 +130,7 @@ class Sparsity:
 
     @cached_property
     def transposed(self) -> "Sparsity":
+        """The pattern with every edge turned round."""
         return Sparsity(self.columns, self.rows, self.starts)
 
 

@@ -39,7 +39,8 @@ class GraphNetwork(nn.Module, ABC):
         self.decoder = mlp(width, decoder, out_dim, activation, last=False)
 
     @abstractmethod
-    def states(self, graph: Graph) -> Float[Tensor, "nodes width"]: ...
+    def states(self, graph: Graph) -> Float[Tensor, "nodes width"]:
+        """The state of every node, which the decoder reads."""
 
     def forward(
         self,

@@ -45,17 +45,27 @@ class ParameterBandit(Protocol):
 
     grid: ndarray
 
-    def ask(self, context: Real | None = None) -> Choice: ...
+    def ask(self, context: Real | None = None) -> Choice:
+        """Choose the parameter for the next solve; the choice stays open until its cost is told or it is cancelled.
 
-    def tell(self, cost: Real, choice: Choice | int | None = None) -> None: ...
+        Args:
+            context: a number known before the solve, for learners that use one.
+        """
 
-    def cancel(self, choice: Choice | int | None = None) -> None: ...
+    def tell(self, cost: Real, choice: Choice | int | None = None) -> None:
+        """Report the cost of a choice, which may be left out while exactly one ask is open; it is then closed."""
 
-    def distribution(self, context: Real | None = None) -> ndarray: ...
+    def cancel(self, choice: Choice | int | None = None) -> None:
+        """Withdraw an ask whose solve never ended: nothing is learnt from it."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def distribution(self, context: Real | None = None) -> ndarray:
+        """Probability of every arm at the next ask, given this context."""
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next round depends on, open asks and generator included, as plain JSON data."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the learner must have been constructed with the same arguments."""
 
 
 class GridBandit(ABC):

@@ -17,6 +17,8 @@ Callback = Callable[[int, float], None]
 
 
 class Status(StrEnum):
+    """How a solve ended; set by the solvers of this room, read from `Solution.status`."""
+
     CONVERGED = "converged"
     ITERATION_LIMIT = "iteration limit"
     STAGNATED = "stagnated: rounding keeps the true residual above the tolerance"
@@ -44,6 +46,7 @@ class Solution:
 
     @property
     def converged(self) -> bool:
+        """Whether the status is CONVERGED."""
         return self.status is Status.CONVERGED
 
 

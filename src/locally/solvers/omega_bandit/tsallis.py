@@ -165,6 +165,7 @@ class BinnedTsallisINF(TsallisINF):
 
     @property
     def n_bins(self) -> int:
+        """Bins of the context, each with a learner of its own."""
         return len(self._bins)
 
     def _bin(self, context: Real | None) -> "_Losses":

@@ -17,9 +17,11 @@ class RelaxedSolver(Protocol):
     """`SOR`, `SSORConjugateGradients`, or any solver of yours with the same `solve`."""
 
     @property
-    def max_iter(self) -> int: ...
+    def max_iter(self) -> int:
+        """Iterations at which a solve gives up."""
 
-    def solve(self, A: Any, b: ndarray, *, omega: float, x0: ndarray | None = None) -> Solution: ...
+    def solve(self, A: Any, b: ndarray, *, omega: float, x0: ndarray | None = None) -> Solution:
+        """Solve A x = b with this omega, from x0 (default 0); the `Solution` says how many iterations it took."""
 
 
 class TunedSolver:
@@ -96,6 +98,7 @@ class TunedSequence:
 
     @property
     def total_iterations(self) -> int:
+        """Iterations of all solves together."""
         return int(self.iterations.sum())
 
 

@@ -76,10 +76,12 @@ class Efficiency:
 
     @property
     def e_out(self) -> float:
+        """Mean relative error on a wrong basis, as `confusion` says which."""
         return self.e_out_by[self.confusion]
 
     @property
     def required_accuracy(self) -> float:
+        """The accuracy from which local bases beat the global one; see `required_accuracy`."""
         return required_accuracy(self.e_in, self.e_out, self.e_global)
 
     def expected_error(self, accuracy: float | None = None) -> float:
@@ -98,6 +100,7 @@ class Efficiency:
         return self.e_in < self.e_global and self.required_accuracy < self.accuracy
 
     def to_dict(self) -> dict[str, Any]:
+        """Its fields and what follows from them, as plain numbers."""
         return asdict(self) | {
             "e_out": self.e_out,
             "required_accuracy": self.required_accuracy,
@@ -131,6 +134,7 @@ class Budget:
         check_count("n_labels", self.n_labels, at_least=0)
 
     def cost(self, n_clusters: int, n_modes: int, n_simulations: int) -> float:
+        """Cost of that many clusters of that many modes from that many simulations, in the unit of `total`."""
         models = n_clusters * float(self.reduced_model(n_modes))
         return n_simulations * self.simulation + models + self.n_labels * self.label
 

@@ -27,6 +27,8 @@ TOLERANCE = 1e-12
 
 
 class Status(StrEnum):
+    """How an exchange of medoids ended; set by the clusterings of this room."""
+
     CONVERGED = "converged: no exchange of a medoid lowers the cost"
     ITERATION_LIMIT = "iteration limit"
 
@@ -167,6 +169,16 @@ class KMedoids(ClusterMixin, BaseEstimator):
         self.callback = callback
 
     def fit(self, X: Any, y: Any = None) -> "KMedoids":
+        """Medoids of the rows of X, of the lowest cost over all starts; `y` is ignored. O(n^2) a sweep for n points.
+
+        Raises
+        ------
+        ValueError, TypeError : a parameter or X is unfit.
+
+        Warns
+        -----
+        ConvergenceWarning : the best start stopped at `max_iter` sweeps; `status_` says so too.
+        """
         check_choice("metric", self.metric, ("precomputed", "sine", "euclidean"))
         check_choice("rule", self.rule, ("eager", "best"))
         check_count("n_init", self.n_init, at_least=0)

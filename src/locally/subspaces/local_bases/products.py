@@ -31,12 +31,15 @@ class InnerProduct:
         return rows
 
     def whiten(self, rows: Rows) -> Rows:
+        """Rows whose Euclidean inner products are those of `rows` in M."""
         return rows
 
     def unwhiten(self, rows: Rows) -> Rows:
+        """The rows that `whiten` takes to `rows`."""
         return rows
 
     def norms(self, rows: Rows) -> Float[ndarray, " rows"]:
+        """The norm of each row in M."""
         return np.sqrt(np.maximum(np.einsum("ij,ij->i", rows, self.apply(rows)), 0))
 
 

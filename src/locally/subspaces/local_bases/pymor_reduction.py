@@ -119,6 +119,7 @@ class LocalReductor:
         self.reductors = [make(fom, RB=basis, product=dictionary.product) for basis in dictionary.bases]
 
     def reduce(self) -> "LocalModel":
+        """A ROM for every basis, under the classifier that picks one by the parameters."""
         return LocalModel(tuple(r.reduce() for r in self.reductors), tuple(self.reductors), self.dictionary.estimator)
 
 

@@ -26,6 +26,8 @@ SPREAD = {torch.float32: 40.0, torch.float64: 300.0}
 
 
 class Status(StrEnum):
+    """Whether row and column sums came within the tolerance of one; read from `Projection.status`."""
+
     CONVERGED = "converged"
     STEP_LIMIT = "step limit"
 

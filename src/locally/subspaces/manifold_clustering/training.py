@@ -144,6 +144,7 @@ class Schedule:
         return (1 + math.cos(math.pi * (step - self.warmup) / max(self.steps - self.warmup, 1))) / 2
 
     def optimizer_for(self, net: nn.Module) -> Optimizer:
+        """The optimizer of this stage, with the cluster head as a group of its own."""
         head = [p for name, p in net.named_parameters() if name.startswith("cluster_head.")]
         rest = [p for name, p in net.named_parameters() if not name.startswith("cluster_head.")]
         decay = self.weight_decay if self.cluster_weight_decay is None else self.cluster_weight_decay

@@ -29,12 +29,16 @@ FLOOR = 0.01
 
 
 class Loss(StrEnum):
-    SQUARED = "squared"
-    GRADIENT = "gradient"
-    CROSS_ENTROPY = "cross_entropy"
+    """What the fit compares: chosen by the caller."""
+
+    SQUARED = "squared"  # values, (g - f)^2
+    GRADIENT = "gradient"  # gradients: squared distance of that of g from that of f
+    CROSS_ENTROPY = "cross_entropy"  # probabilities, for a logistic g
 
 
 class Status(StrEnum):
+    """How the fit at one point ended; read from `Explanation.status`."""
+
     FITTED = "fitted"
     RANK_DEFICIENT = "rank deficient: the perturbations do not identify the weights, least-norm solution"
     NOT_CONVERGED = "not converged: the step limit came before the tolerance"
@@ -97,6 +101,7 @@ class Explanation:
 
     @property
     def data(self) -> Float[ndarray, "batch d"]:
+        """The explained points, as NumPy has them."""
         return self.x0.cpu().numpy()
 
     def predict(self, noise: Float[Tensor, "shared n q"]) -> Float[Tensor, "batch n"]:

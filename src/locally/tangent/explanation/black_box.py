@@ -91,6 +91,7 @@ class BlackBox:
 
     @property
     def has_gradient(self) -> bool:
+        """Whether f can be differentiated: by `grad`, or by autograd where f takes tensors."""
         return self.grad is not None or not self.takes_arrays
 
     def values(self, x: Float[Tensor, "batch n d"], points: slice = slice(None)) -> Float[Tensor, "batch n"]:

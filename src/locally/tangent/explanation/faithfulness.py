@@ -245,6 +245,7 @@ class Recommendation:
 
     @property
     def best(self) -> str:
+        """The method in front."""
         return self.ranking[0].method
 
     @property

@@ -45,6 +45,7 @@ class Method(StrEnum):
 
     @property
     def loss(self) -> Loss:
+        """What the method's fit compares: gradients or values."""
         gradient = (Method.SMOOTHGRAD, Method.GRADIENT, Method.INTEGRATED_GRADIENTS, Method.GRADIENT_X_INPUT)
         return Loss.GRADIENT if self in gradient else Loss.SQUARED
 

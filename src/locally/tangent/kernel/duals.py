@@ -95,18 +95,22 @@ class ABReLU(Nonlinearity):
 
 
 def relu() -> ABReLU:
+    """max(x, 0)."""
     return ABReLU()
 
 
 def leaky_relu(slope: float = 0.01) -> ABReLU:
+    """x above 0, slope x below."""
     return ABReLU(slope, 1.0)
 
 
 def absolute() -> ABReLU:
+    """|x|, as `ABReLU(-1, 1)`."""
     return ABReLU(-1.0, 1.0)
 
 
 def identity() -> ABReLU:
+    """x itself: a layer without a nonlinearity."""
     return ABReLU(1.0, 1.0)
 
 
@@ -173,6 +177,7 @@ class Sine(Nonlinearity):
 
 
 def cosine(a: float = 1.0, b: float = 1.0) -> Sine:
+    """a cos(b x), as a `Sine` with phase pi / 2."""
     return Sine(a, b, math.pi / 2)
 
 

@@ -111,6 +111,7 @@ class KernelFlow:
 
     @property
     def max_learning_rate(self) -> float:
+        """2 divisor / lambda_max of the kernel: gradient descent converges below it; infinite for a zero kernel."""
         top = float(self.eigenvalues[-1])
         return 2 * self.divisor / top if top > 0 else math.inf
 
@@ -210,6 +211,7 @@ class PrincipalComponents:
 
     @classmethod
     def of(cls, k_train: Float[ndarray, "n n"]) -> "PrincipalComponents":
+        """Those of a kernel matrix over the training set; ValueError if it is not finite or not symmetric. O(n^3)."""
         check_finite("k_train", k_train)
         check_symmetric("k_train", k_train)
         n = len(k_train)
@@ -240,6 +242,7 @@ class EarlyStopping:
 
     @property
     def best(self) -> float:
+        """The time of the smallest error."""
         return float(self.times[self.errors.argmin()])
 
 
@@ -303,6 +306,8 @@ def posterior(
 
 
 class FlowStatus(StrEnum):
+    """How an integration ended; set by `integrate`, read from `Trajectory.status`."""
+
     FINISHED = "finished"
     FAILED = "the integrator gave up: its step became too small"
     NOT_FINITE = "the outputs left the finite numbers"

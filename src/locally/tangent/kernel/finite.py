@@ -94,16 +94,19 @@ class NTKConv2d(nn.Module):
         return F.conv2d(self.padded(x), self.weight, stride=pair(self.layer.stride)) * self.factors[0] + self.shift
 
     def padded(self, x: Float[Tensor, "n channels h w"]) -> Float[Tensor, "n channels h2 w2"]:
+        """The images with the border that the layer's padding asks for: zeros, or the other side for "circular"."""
         (top, left), (bottom, right) = padding_of(self.layer, (x.shape[2], x.shape[3]))
         mode = "circular" if self.layer.padding == "circular" else "constant"
         return F.pad(x, (left, right, top, bottom), mode=mode)
 
     @property
     def factors(self) -> tuple[float, float]:
+        """What weight and bias are multiplied by: (w_std / sqrt(fan-in), b_std), or 1 and 1 for "standard"."""
         return scales(self.layer, self.weight[0].numel())
 
     @property
     def shift(self) -> Tensor | float:
+        """The bias with its factor, ready to be added to images; 0 without one."""
         return 0.0 if self.bias is None else self.factors[1] * self.bias[:, None, None]
 
 

@@ -68,6 +68,8 @@ class Conv:
 
 @dataclass(frozen=True)
 class Activation:
+    """A nonlinearity at every unit: a name such as "relu" or "erf", or a `Nonlinearity`."""
+
     function: Nonlinearity | str = "relu"
 
 

@@ -198,9 +198,11 @@ class InfiniteNetwork:
         return Kernels(like(x1, nngp), like(x1, ntk))
 
     def nngp(self, x1: Array, x2: Array | None = None, **options: Any) -> Any:
+        """The covariance kernel alone; arguments and errors as for `kernel`."""
         return self.kernel(x1, x2, **options).nngp
 
     def ntk(self, x1: Array, x2: Array | None = None, **options: Any) -> Any:
+        """The tangent kernel alone; arguments and errors as for `kernel`."""
         return self.kernel(x1, x2, **options).ntk
 
     def diagonal(self, x: Array) -> Kernels:

@@ -32,9 +32,11 @@ LINEARISED, PER_VECTOR = 2, 2
 
 
 class Wrt(StrEnum):
-    INPUTS = "inputs"
-    PARAMETERS = "parameters"
-    ACTIVATIONS = "activations"
+    """What a `Linearization` differentiates with respect to; chosen by the caller."""
+
+    INPUTS = "inputs"  # the first input
+    PARAMETERS = "parameters"  # all together, flat
+    ACTIVATIONS = "activations"  # the output of a submodule, `source`
 
 
 class Linearization:

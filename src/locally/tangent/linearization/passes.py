@@ -54,6 +54,7 @@ def tapped(module: nn.Module, source: str | None, put: Tensor | None, target: st
 
 
 def check_called(seen: list[Any], path: str | None) -> None:
+    """ValueError unless the submodule at `path` (None for the module itself) was seen exactly once in a pass."""
     if path is not None and len(seen) != 1:
         raise ValueError(f"submodule {path} is called {len(seen)} times in one pass; it must be called once")
 
@@ -67,11 +68,13 @@ class Trail:
 
     @property
     def where(self) -> str:
+        """The innermost submodule that the pass is in."""
         return self.inside[-1] if self.inside else "the module itself"
 
 
 @contextmanager
 def watched(module: nn.Module) -> Iterator[Trail]:
+    """Within, a pass leaves on the `Trail` which submodules it is in and what they returned; hooks go at the end."""
     trail = Trail()
     handles = []
     for path, part in module.named_modules():
@@ -94,6 +97,7 @@ def watched(module: nn.Module) -> Iterator[Trail]:
 
 
 def hazard(error: RuntimeError) -> str:
+    """What a RuntimeError from torch.func says of the module, in words for the message that refuses it."""
     text = str(error).lower()
     if "control flow" in text or ".item()" in text:
         return "its path depends on values (control flow)"
@@ -105,4 +109,5 @@ def hazard(error: RuntimeError) -> str:
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, at most 300 characters; its class where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -10,6 +10,12 @@ from locally.checks import check_finite
 
 
 def check_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Inputs as a tuple of detached tensors.
+
+    Raises:
+        TypeError: they are no tensor and no tuple of tensors.
+        ValueError: they share no leading dimension of at least 1, or hold NaN or infinity.
+    """
     tensors = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     if not tensors or not all(isinstance(x, Tensor) for x in tensors):
         raise TypeError(f"inputs must be a tensor or a tuple of tensors, got {type(inputs).__name__}")
@@ -25,6 +31,11 @@ def check_inputs(inputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def select_parameters(module: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the parameters to differentiate by, in order; default all that require a gradient.
+
+    Raises:
+        ValueError: a name is unknown or stands there twice, none is left, or dtypes or devices differ.
+    """
     own = dict(module.named_parameters())
     chosen = tuple(n for n, p in own.items() if p.requires_grad) if names is None else tuple(names)
     if unknown := [n for n in chosen if n not in own]:

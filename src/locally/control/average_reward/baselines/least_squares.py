@@ -65,6 +65,7 @@ class OLSVI:
         self._planned = -1  # episode that the policy was made for
 
     def act(self, observation: Any) -> int:
+        """The greedy action of the layer that the walk is in; the first step of an episode makes the plan."""
         s = check_index("observation", observation, self.n_states)
         episode, h = divmod(self.n_steps_, self.episode)
         if episode != self._planned:
@@ -91,6 +92,7 @@ class OLSVI:
         terminated: bool = False,
         truncated: bool = False,
     ) -> None:
+        """Add the step to the sums of its layer; TypeError or ValueError for a step that is none."""
         s, a, r, following = check_step(self, observation, action, reward, next_observation)
         h, phi = self.n_steps_ % self.episode, self.features[s, a]
         self.gram[h] += np.outer(phi, phi)
@@ -99,10 +101,12 @@ class OLSVI:
         self.n_steps_ += 1
 
     def state_dict(self) -> dict[str, Any]:
+        """Sums of every layer, the plan, and the number of steps."""
         arrays = {name: getattr(self, name).copy() for name in ("gram", "arrivals", "sums")}
         return arrays | {"policy": self._policy.copy(), "n_steps": self.n_steps_, "planned": self._planned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments."""
         for name in ("gram", "arrivals", "sums"):
             setattr(self, name, np.array(state[name]))
         self._policy, self.n_steps_ = np.array(state["policy"]), int(state["n_steps"])

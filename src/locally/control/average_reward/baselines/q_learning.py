@@ -63,6 +63,7 @@ class OptimisticQLearning:
         self._lowest, self._V = self._Q.copy(), np.full(n_states, self.effective_horizon)
 
     def act(self, observation: Any) -> int:
+        """The action of largest upper bound here; ties go to the first."""
         return int(self._lowest[check_index("observation", observation, self.n_states)].argmax())
 
     def observe(
@@ -75,10 +76,12 @@ class OptimisticQLearning:
         terminated: bool = False,
         truncated: bool = False,
     ) -> None:
+        """Update the bound of one pair; TypeError or ValueError for a step that is none. O(A)."""
         step = check_step(self, observation, action, reward, next_observation)
         learn_optimistic(*step, *self._learnt())
 
     def advance(self, walk: Walk, trace: Trace) -> None:
+        """Walk as many steps as `trace` holds, as `act` and `observe` would."""
         walk.state = follow_optimistic(
             walk.world, walk.state, walk.rng, *self._learnt(), *trace.part(0, trace.rewards.size)
         )
@@ -87,6 +90,7 @@ class OptimisticQLearning:
         return self.visits, self._Q, self._lowest, self._V, self.effective_horizon, self.bonus
 
     def state_dict(self) -> dict[str, Any]:
+        """Counts, Q, its lowest values so far, and V."""
         return {
             "visits": self.visits.copy(),
             "Q": self._Q.copy(),
@@ -95,6 +99,7 @@ class OptimisticQLearning:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments."""
         arrays = (np.array(state[name]) for name in ("visits", "Q", "lowest", "V"))
         self.visits, self._Q, self._lowest, self._V = arrays
 
@@ -141,6 +146,7 @@ class DifferentialQLearning:
         self.gain_ = 0.0
 
     def act(self, observation: Any) -> int:
+        """The action of largest Q here, or any with probability epsilon."""
         s = check_index("observation", observation, self.n_states)
         return int(choose_epsilon_greedy(self._Q[s], self.epsilon, self.rng))
 
@@ -154,18 +160,22 @@ class DifferentialQLearning:
         terminated: bool = False,
         truncated: bool = False,
     ) -> None:
+        """Move Q and the gain by one temporal difference; TypeError or ValueError for a step that is none. O(A)."""
         step = check_step(self, observation, action, reward, next_observation)
         self.gain_ = learn_differential(*step, self._Q, self.gain_, self.step_size, self.eta)
 
     def advance(self, walk: Walk, trace: Trace) -> None:
+        """Walk as many steps as `trace` holds, as `act` and `observe` would."""
         walk.state, self.gain_ = follow_differential(
             walk.world, walk.state, walk.rng, self.rng, self._Q, self.gain_, self.step_size, self.eta, self.epsilon,
             *trace.part(0, trace.rewards.size),
         )  # fmt: skip
 
     def state_dict(self) -> dict[str, Any]:
+        """Q, the gain, and the generator of the exploration."""
         return {"Q": self._Q.copy(), "gain": self.gain_, "rng": self.rng.bit_generator.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments."""
         self._Q, self.gain_ = np.array(state["Q"]), float(state["gain"])
         self.rng.bit_generator.state = state["rng"]

@@ -36,6 +36,7 @@ class _Episodic:
 
     @property
     def n_switches_(self) -> int:
+        """Changes of policy after the first plan."""
         return len(self.switch_times_)
 
     def _choose(self) -> Int[ndarray, " S"]:
@@ -56,6 +57,7 @@ class _Episodic:
         return self.policy_
 
     def act(self, observation: Any) -> int:
+        """The action of the current episode's policy, after a new plan where an episode begins."""
         return int(self._plan()[check_index("observation", observation, self.n_states)])
 
     def observe(
@@ -68,6 +70,7 @@ class _Episodic:
         terminated: bool = False,
         truncated: bool = False,
     ) -> None:
+        """Count the step; a pair whose count has doubled ends the episode. TypeError or ValueError for no step."""
         s, a, r, following = check_step(self, observation, action, reward, next_observation)
         self.visits[s, a] += 1
         self.arrivals[s, a, following] += 1
@@ -77,6 +80,7 @@ class _Episodic:
         self._due = bool(doubled) or self.n_steps_ - self._episode_start >= self._limit()
 
     def advance(self, walk: Walk, trace: Trace) -> None:
+        """Walk as many steps as `trace` holds, as `act` and `observe` would."""
         done, steps = 0, trace.rewards.size
         while done < steps:
             policy = self._plan()
@@ -95,6 +99,7 @@ class _Episodic:
     _ARRAYS = ("visits", "rewards", "arrivals", "_before")
 
     def state_dict(self) -> dict[str, Any]:
+        """Counts, sums of rewards, the episode in progress with its policy, and the generator."""
         state: dict[str, Any] = {name.strip("_"): getattr(self, name) for name in self._PLAIN}
         state |= {name.strip("_"): getattr(self, name).copy() for name in self._ARRAYS}
         policy = None if self.policy_ is None else self.policy_.copy()
@@ -105,6 +110,7 @@ class _Episodic:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments."""
         for name in self._PLAIN:
             setattr(self, name, state[name.strip("_")])
         for name in self._ARRAYS:
@@ -153,9 +159,11 @@ class UCRL2(_Episodic):
         return policy
 
     def state_dict(self) -> dict[str, Any]:
+        """As for any agent by episodes, and the values from which the next value iteration starts."""
         return super().state_dict() | {"V": self._V.copy()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments."""
         super().load_state_dict(state)
         self._V = np.array(state["V"])
 
