@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from docs import records
 from docs.markdown import amount, duration, plain, table
 from locally.evidence import Paper, Scale
+from locally.page.data_files import data_files, is_run, is_run_method
 
 SHORT = 70  # characters of code that a cell of a table can take
 EXTRAS = {"gymnasium": "control", "transformers": "llm", "peft": "llm", "dp_accounting": "privacy", "onnx": "onnx"}
@@ -58,7 +59,7 @@ def needs(paper: Paper, tree: ast.Module) -> str:
 
 def on_device(tree: ast.Module) -> bool:
     """Whether the experiment places its tensors where `run.device` says."""
-    return any(isinstance(n, ast.Attribute) and n.attr == "device" and _is_run(n.value) for n in ast.walk(tree))
+    return any(isinstance(n, ast.Attribute) and n.attr == "device" and is_run(n.value) for n in ast.walk(tree))
 
 
 def imported(tree: ast.Module) -> Iterator[str]:
@@ -72,13 +73,6 @@ def imported(tree: ast.Module) -> Iterator[str]:
             yield ast.literal_eval(node.args[0])
 
 
-def data_files(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Path and description of each `run.data` call; <name> stands for what is only known when it runs."""
-    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute)]
-    found = [(_words(c.args[0]), _words(c.args[1])) for c in calls if _is_run_method(c.func, "data")]
-    yield from dict.fromkeys(found)
-
-
 def sizes(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
     """Name, value at default and value at paper scale, wherever the two differ and are short enough to show."""
     names = {
@@ -89,7 +83,7 @@ def sizes(tree: ast.Module) -> Iterator[tuple[str, str, str]]:
         if isinstance(node, ast.Assign)
     }
     for node in ast.walk(tree):
-        if not (isinstance(node, ast.Call) and _is_run_method(node.func, "pick")):
+        if not (isinstance(node, ast.Call) and is_run_method(node.func, "pick")):
             continue
         picked = {k.arg: k.value for k in node.keywords}
         if {"default", "paper"} <= picked.keys():
@@ -131,23 +125,6 @@ def _fields_of(name: str, tree: ast.Module) -> list[str]:
 
 def _target(assignment: ast.Assign) -> str:
     return ast.unparse(assignment.targets[0]).strip("()").replace("_", " ")
-
-
-def _is_run_method(function: ast.expr, name: str) -> bool:
-    return isinstance(function, ast.Attribute) and function.attr == name and _is_run(function.value)
-
-
-def _is_run(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) and node.id == "run"
-
-
-def _words(node: ast.expr) -> str:
-    parts = node.values if isinstance(node, ast.JoinedStr) else [node]
-    said = ""
-    for part in parts:
-        inner = part.value if isinstance(part, ast.FormattedValue) else part
-        said += str(inner.value) if isinstance(inner, ast.Constant) else f"<{ast.unparse(inner)}>"
-    return said
 
 
 def _code(source: str) -> str:

@@ -71,6 +71,19 @@ def test_the_example_on_the_card_runs_and_says_something(paper, capsys):
         ('source = "t"', 'source = "t"\nscale = "huge"', "claims[1].scale", "one of quick"),
         ("[[claims]]", "[[claim]]", "claims", "is missing"),
         ("number = 1", "number = ", "syntax", "line 2"),
+        ("[[claims]]", "[work]\ntime = [1, 1, 1]\n[[claims]]", "work.memory", "is missing"),
+        ("[[claims]]", "[work]\ntime = [1, 1]\nmemory = [1, 1, 1]\n[[claims]]", "work.time", "3 positive numbers"),
+        ("[[claims]]", "[work]\ntime = [0, 1, 1]\nmemory = [1, 1, 1]\n[[claims]]", "work.time", "3 positive"),
+        ("[[claims]]", "[work]\ntime = [1, 2, 1]\nmemory = [1, 1, 1]\n[[claims]]", "work.time", "1 at default"),
+        ("[[claims]]", "[work]\ntime = [1, 1, 1]\nmemory = [1, 1, nan]\n[[claims]]", "work.memory", "3 positive"),
+        (
+            "[[claims]]",
+            "[work]\ntime = [1, 1, 1]\nmemory = [1, 1, 1]\noperations = [1, -1]\n[[claims]]",
+            "work.operations",
+            "2 non-negative",
+        ),
+        ("[[claims]]", "[work]\ntime = [1, 1, 1]\nmemory = [1, 1, 1]\ndisk = inf\n[[claims]]", "work.disk", "GiB"),
+        ("[[claims]]", "[work]\ntime = [1, 1, 1]\nmemory = [1, 1, 1]\ndisc = 1\n[[claims]]", "work.disc", "disk?"),
     ],
 )
 def test_a_malformed_card_is_named_with_key_and_reason(tmp_path, old, new, key, reason):

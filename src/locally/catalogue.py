@@ -9,6 +9,7 @@ import difflib
 import importlib
 import importlib.util
 import json
+import math
 import os
 import re
 import tomllib
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from locally.errors import UsageError
-from locally.evidence import Claim, Paper, Relation, Run, Scale
+from locally.evidence import Claim, Paper, Relation, Run, Scale, Work
 from locally.home import home
 
 BUILT_IN = Path(__file__).parent / "papers"
@@ -34,7 +35,9 @@ REQUIRED: dict[str, type] = {
     "summary": str,
     "claims": list,
 }
-OPTIONAL: dict[str, type] = {"arxiv": str, "keywords": list, "objects": list, "example": str}
+OPTIONAL: dict[str, type] = {"arxiv": str, "keywords": list, "objects": list, "example": str, "work": dict}
+WORK_REQUIRED: dict[str, type | tuple[type, ...]] = {"time": list, "memory": list}
+WORK_OPTIONAL: dict[str, type | tuple[type, ...]] = {"operations": list, "disk": (int, float)}
 CLAIM_REQUIRED: dict[str, type | tuple[type, ...]] = {
     "statement": str,
     "metric": str,
@@ -147,7 +150,26 @@ def read_card(file: Path, parsed: ParsedCards | None = None) -> Paper:
         objects=tuple(card.get("objects", ())),
         example=card.get("example", "").strip(),
         experiment=experiment if experiment.exists() else None,
+        work=_work(file, card["work"]) if "work" in card else None,
     )
+
+
+def _work(file: Path, card: dict[str, Any]) -> Work:
+    _check_keys(file, card, WORK_REQUIRED, WORK_OPTIONAL, "work.")
+    for key, count, least in (("time", 3, "positive"), ("memory", 3, "positive"), ("operations", 2, "non-negative")):
+        numbers = card.get(key, [0.0] * count)
+        bound = 0 if key == "operations" else 1e-9
+        sound = len(numbers) == count and all(type(n) in (int, float) and bound <= n < math.inf for n in numbers)
+        if not sound:
+            raise CardError(file, f"work.{key}", f"must be {count} {least} numbers, got {numbers!r}")
+    for key in ("time", "memory"):
+        if card[key][1] != 1:
+            raise CardError(file, f"work.{key}", f"must be 1 at default scale, got {card[key][1]!r}")
+    if not 0 <= card.get("disk", 0) < math.inf:
+        raise CardError(file, "work.disk", f"must be GiB, non-negative, got {card['disk']!r}")
+    time, memory = (dict(zip(Scale, card[key])) for key in ("time", "memory"))
+    once, each = card.get("operations", (0.0, 0.0))
+    return Work(time, memory, (float(once), float(each)), float(card.get("disk", 0.0)))
 
 
 def _claim(file: Path, number: int, card: Any) -> Claim:

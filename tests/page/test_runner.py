@@ -12,7 +12,15 @@ import pytest
 
 from locally import catalogue
 from locally.evidence import Outcome, Scale, Status
-from locally.page.runner import code_version, execute, git_revision, run_jobs, working_folder
+from locally.page.runner import (
+    code_version,
+    execute,
+    git_revision,
+    items_kept,
+    run_jobs,
+    study_folder,
+    working_folder,
+)
 from locally.page.worker import Job
 
 
@@ -132,6 +140,12 @@ def test_hunger_ends_at_the_memory_limit(run_paper):
     assert "600 MiB" in evidence.verdict.reason
 
 
+def test_a_job_stands_back_as_far_as_it_is_told(run_paper):
+    code = "import os\ndef experiment(run): run.record('ours', 'error', os.nice(0), seed=0)\n"
+    niceness = [run_paper(code, nice=extra).measures[0].value for extra in (0, 7)]
+    assert niceness[1] - niceness[0] == 7
+
+
 def test_stop_ends_a_run_early(run_paper):
     stop = threading.Event()
     threading.Timer(1.0, stop.set).start()
@@ -202,10 +216,14 @@ def test_a_full_size_study_goes_on_where_it_was_stopped(add_paper, tmp_path, hom
     threading.Thread(target=stop_at_the_third, daemon=True).start()
     assert execute(job, (), stop=stop).status is Status.CANCELLED
     (left,) = (home / "unfinished").glob("long-*-*")
-    assert len(list((left / "items").iterdir())) == 2
+    assert left == study_folder(job)
+    assert items_kept(job) == 2
+    assert 0 <= float((left / "seconds").read_text()) < 60
+    (left / "seconds").write_text("1000.5")
     (tmp_path / "go").touch()
     evidence = execute(job, ())
     assert evidence.status is Status.FINISHED, evidence.log
+    assert 1000.5 < evidence.seconds < 1100  # of all attempts
     assert (tmp_path / "log").read_text() == "0 1 2 3 "
     assert [m.value for m in evidence.measures] == pytest.approx([0.0, 0.1, 0.2, 0.3, 6.0])
     assert not left.exists()

@@ -1,10 +1,13 @@
 """`locally prune`: a smaller checkpoint from a checkpoint, with a searched share of pruning for every layer."""
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +18,7 @@ from locally.errors import UsageError, require
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from locally.sequence.structured_pruning import Network
+    from locally.sequence.structured_pruning import Network, Team
 
 PAPER_STAGES = (2048, 16384, 131072)
 Say = Callable[[float, str], None]
@@ -39,28 +42,24 @@ def prune(
     evaluate: Annotated[Path | None, typer.Option(help="Other text, for the perplexity before and after.")] = None,
     work: Annotated[Path | None, typer.Option(help="Folder for supernets, kept; default beside the output.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda:0; auto spreads the model over all devices.")] = "cpu",
+    processes: Annotated[
+        int, typer.Option(help="That share the work of tyr on this machine; on several, start them with torchrun.")
+    ] = 1,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace the output folder.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
     """Prune heads and neurons of a language model; the same command again goes on where it was stopped."""
     require("transformers", "llm")
-    from locally.sequence.checkpoints import check_free
-    from locally.sequence.structured_pruning import WorkFolderMismatch
+    from locally.sequence.structured_pruning import launch, processes_started, team_of_environment
     from locally.sequence.structured_pruning.baselines import METHODS
-    from locally.sequence.structured_pruning.calibration import read_windows
 
     if method not in ("tyr", *METHODS):
         raise UsageError(f"--method must be one of tyr, {', '.join(METHODS)}, got {method!r}")
     if not 0 <= sparsity < 1:
         raise UsageError(f"--sparsity must lie in [0, 1), got {sparsity}")
-    check_free(output, overwrite=overwrite)
-    network, tokenizer = _open(model, device)
-    try:
-        ids = read_windows(calibration, tokenizer, network, length=length, sequences=sequences)
-        held_out = None if evaluate is None else read_windows(evaluate, tokenizer, network, length=length)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    if processes < 1:
+        raise UsageError(f"--processes must be at least 1, got {processes}")
     settings = {
         "iterations": iterations,
         "generations": generations,
@@ -69,20 +68,103 @@ def prune(
         "unit": unit,
         "random_state": seed,
     }
-    with _progress() as say:
+    task = Task(
+        model,
+        output,
+        calibration,
+        sparsity,
+        method,
+        sequences,
+        length,
+        settings,
+        evaluate,
+        work,
+        device,
+        overwrite,
+        as_json,
+    )
+    started = processes_started()
+    _check_together(task, max(processes, started))
+    if processes > 1 and started > 1:
+        raise UsageError(f"give --processes or start them with torchrun, not both: {started} were started")
+    if processes > 1:
+        launch(processes, partial(carry_out, task))
+        return
+    with team_of_environment() as team:
+        carry_out(task, team)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one command asks for, as each of its processes is told."""
+
+    model: Path
+    output: Path
+    calibration: Path
+    sparsity: float
+    method: str
+    sequences: int
+    length: int
+    settings: dict[str, Any]
+    evaluate: Path | None
+    work: Path | None
+    device: str
+    overwrite: bool
+    as_json: bool
+
+
+def _check_together(task: Task, processes: int) -> None:
+    if processes == 1:
+        return
+    if task.method != "tyr":
+        raise UsageError(f"--processes goes with --method tyr alone, got {task.method!r}, which one process does soon")
+    if task.device == "auto":
+        raise UsageError("give --processes or --device auto, not both: each process has the whole model at hand")
+
+
+def carry_out(task: Task, team: "Team") -> None:
+    """The whole command, in one process or in each of a team; the first of them writes and reports."""
+    from locally.sequence.checkpoints import check_free
+    from locally.sequence.structured_pruning import WorkFolderMismatch
+    from locally.sequence.structured_pruning.calibration import read_windows
+
+    check_free(task.output, overwrite=task.overwrite)
+    device = _device_of(task.device, team)
+    network, tokenizer = _open(task.model, device)
+    try:
+        ids = read_windows(task.calibration, tokenizer, network, length=task.length, sequences=task.sequences)
+        held_out = (
+            None if task.evaluate is None else read_windows(task.evaluate, tokenizer, network, length=task.length)
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    with _progress(shown=team.leads) as say:
         try:
-            if method == "tyr":
-                summary = _prune_by_search(network, ids, sparsity, settings, output, work, tokenizer, overwrite, say)
+            if task.method == "tyr":
+                summary = _prune_by_search(network, ids, task, tokenizer, team, say)
             else:
-                summary = _prune_at_once(network, ids, sparsity, method, output, tokenizer, overwrite)
+                summary = _prune_at_once(
+                    network, ids, task.sparsity, task.method, task.output, tokenizer, task.overwrite
+                )
         except WorkFolderMismatch:
             raise
         except ValueError as error:
             raise UsageError(str(error)) from error
+        if not team.leads:
+            return
         if held_out is not None:
             say(1.0, "measuring perplexity")
-            summary["perplexity"] = _perplexities(network, output, held_out, device)
-    _print(summary, output, as_json)
+            summary["perplexity"] = _perplexities(network, task.output, held_out, device)
+    _print(summary, task.output, task.as_json)
+
+
+def _device_of(name: str, team: "Team") -> str:
+    """Of one process: "cuda" is then a GPU of its own, as far as there are enough."""
+    if name != "cuda" or team.size == 1:
+        return name
+    import torch
+
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', team.rank)) % max(torch.cuda.device_count(), 1)}"
 
 
 def _open(folder: Path, device: str) -> tuple["Network", Any]:
@@ -110,32 +192,26 @@ def _open(folder: Path, device: str) -> tuple["Network", Any]:
 
 
 def _prune_by_search(
-    network: "Network",
-    ids: "Tensor",
-    sparsity: float,
-    settings: dict[str, Any],
-    output: Path,
-    work: Path | None,
-    tokenizer: Any,
-    overwrite: bool,
-    say: Say,
+    network: "Network", ids: "Tensor", task: Task, tokenizer: Any, team: "Team", say: Say
 ) -> dict[str, Any]:
     from locally.sequence.structured_pruning import TyrPruner, size_of
 
-    folder = work or output.absolute().with_name(f".{output.name}.work")
+    folder = task.work or task.output.absolute().with_name(f".{task.output.name}.work")
     stages = tuple(min(tokens, ids.numel()) for tokens in PAPER_STAGES)
-    pruner = TyrPruner(sparsity, **settings, tokens_per_stage=stages, workdir=folder, callback=say)
+    pruner = TyrPruner(task.sparsity, **task.settings, tokens_per_stage=stages, workdir=folder, callback=say, team=team)
     pruner.fit(network, ids)
-    pruner.save_pretrained(output, tokenizer=tokenizer, overwrite=overwrite)
+    if not team.leads:
+        return {}
+    pruner.save_pretrained(task.output, tokenizer=tokenizer, overwrite=task.overwrite)
     summary = {
         "method": "tyr",
-        "sparsity": sparsity,
+        "sparsity": task.sparsity,
         "removed": pruner.removed_,
         "dense": vars(size_of(network)),
         "pruned": vars(size_of(network, pruner.plan_)),
         "history": pruner.history_,
     }
-    if work is None:
+    if task.work is None:
         shutil.rmtree(folder, ignore_errors=True)
     return summary
 
@@ -159,7 +235,7 @@ def _perplexities(network: "Network", output: Path, ids: "Tensor", device: str) 
 
 
 @contextmanager
-def _progress() -> Iterator[Say]:
+def _progress(*, shown: bool) -> Iterator[Say]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -169,7 +245,7 @@ def _progress() -> Iterator[Say]:
         TimeElapsedColumn(),
         TextColumn("{task.description}"),
     )
-    with Progress(*columns, console=Console(file=sys.stderr), transient=True) as bars:
+    with Progress(*columns, console=Console(file=sys.stderr), transient=True, disable=not shown) as bars:
         task = bars.add_task("reading the model", total=1.0)
         yield lambda fraction, what: bars.update(task, completed=fraction, description=what)
 

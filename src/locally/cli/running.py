@@ -6,8 +6,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -17,6 +18,7 @@ from locally.errors import UsageError
 from locally.evidence import Evidence, Paper, Scale, Status
 
 if TYPE_CHECKING:
+    from locally.page.outlook import Outlook
     from locally.page.runner import Progress
     from locally.page.store import Store
 
@@ -37,6 +39,12 @@ def run(
     cluster: Annotated[
         str, typer.Option(help="Dask cluster to run on: tcp://host:port, a scheduler file, or local:N workers.")
     ] = "",
+    ahead: Annotated[
+        bool, typer.Option("--estimate", help="Print time, memory, disk and data of the study, and do not start it.")
+    ] = False,
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Start what will not fit into memory by its estimate.")
+    ] = False,
 ) -> None:
     """Run papers' experiments, store their evidence, and say whether the claims hold."""
     from locally.page.runner import SEEDS, Job
@@ -65,6 +73,13 @@ def run(
     store = Store()
     if resume:
         work = _not_stored(work, store, as_json)
+    if ahead or wanted is Scale.PAPER:
+        outlooks = _look_ahead(chosen, work, store, jobs, cluster)
+        _show(outlooks, as_json and ahead, sys.stdout if ahead else sys.stderr)
+        if ahead:
+            return
+        if not anyway:
+            _refuse_too_large(outlooks)
 
     worst = 0
     board = _board(work, as_json)
@@ -101,6 +116,47 @@ def report(
 
         if not webbrowser.open(page.as_uri()):
             raise UsageError(f"no browser found; open {page} yourself")
+
+
+def _look_ahead(papers: list[Paper], work: list[Any], store: "Store", jobs: int, cluster: str) -> list["Outlook"]:
+    """Of each job; the quick study is run first where no run is stored and the card leads on from there."""
+    from locally.page.outlook import look_ahead
+    from locally.page.runner import SEEDS
+
+    known = {paper.slug: paper for paper in papers}
+    stored = {job.slug: store.history(job.slug) for job, _ in work}
+    here = not cluster
+    outlooks = {job.slug: look_ahead(known[job.slug], job, stored[job.slug], here=here) for job, _ in work}
+    asked = [(job, claims) for job, claims in work if outlooks[job.slug].estimate is None and known[job.slug].work]
+    if asked:
+        print(f"locally: measuring {len(asked)} quick studies first, of which no run is stored", file=sys.stderr)
+        seeds = tuple(range(SEEDS[Scale.QUICK]))
+        quick = [
+            (replace(job, scale=Scale.QUICK, seeds=seeds, memory_limit=0.0, time_limit=0.0), c) for job, c in asked
+        ]
+        with _runs(quick, jobs, cluster, lambda _: None) as runs:
+            for evidence in runs:
+                if evidence.status is not Status.REFUSED:
+                    store.add(evidence)
+        for job, _ in asked:
+            outlooks[job.slug] = look_ahead(known[job.slug], job, store.history(job.slug), here=here)
+    return list(outlooks.values())
+
+
+def _show(outlooks: list["Outlook"], as_json: bool, file: TextIO) -> None:
+    from locally.page.outlook import together
+
+    for outlook in outlooks:
+        said = json.dumps(outlook.to_dict(), ensure_ascii=False) if as_json else "\n".join(outlook.lines())
+        print(said, file=file, flush=True)
+    if len(outlooks) > 1 and not as_json:
+        print(together(outlooks), file=file, flush=True)
+
+
+def _refuse_too_large(outlooks: list["Outlook"]) -> None:
+    reasons = [outlook.too_large for outlook in outlooks if outlook.too_large]
+    if reasons:
+        raise UsageError(f"{'; '.join(reasons)}: give --anyway to start it all the same")
 
 
 @contextmanager

@@ -24,14 +24,17 @@ class Scale(StrEnum):
 
     @property
     def rank(self) -> int:
+        """0 for quick, 1 for default, 2 for paper."""
         return list(Scale).index(self)
 
 
 class Outcome(StrEnum):
-    HOLDS = "holds"
-    INCONCLUSIVE = "inconclusive"
-    FAILS = "fails"
-    NEEDS_SCALE = "needs a larger scale"
+    """What the records say of a claim, and of a paper as a whole; computed by `Claim.judge` and `judge`."""
+
+    HOLDS = "holds"  # the whole interval is on the claimed side
+    INCONCLUSIVE = "inconclusive"  # the interval straddles the threshold, or there is none
+    FAILS = "fails"  # the whole interval is on the other side
+    NEEDS_SCALE = "needs a larger scale"  # than the run's
 
 
 class Status(StrEnum):
@@ -46,11 +49,13 @@ class Status(StrEnum):
 
 
 class Relation(StrEnum):
+    """How a measured figure stands to the claim's value; written on the card."""
+
     AT_MOST = "<="
     AT_LEAST = ">="
     BELOW = "<"
     ABOVE = ">"
-    BETWEEN = "between"
+    BETWEEN = "between"  # two bounds, both included
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,7 @@ class Measure:
     setting: Setting = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; NaN and infinity as strings."""
         return {
             "method": self.method,
             "metric": self.metric,
@@ -74,6 +80,7 @@ class Measure:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The measure that `to_dict` wrote."""
         return cls(data["method"], data["metric"], float(data["value"]), data["seed"], dict(data["setting"]))
 
 
@@ -160,6 +167,7 @@ class Claim:
         return Finding(self, outcome, estimate, low, high, seeds, reason)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data; infinite bounds as strings."""
         value = [encode_float(v) for v in self.value] if isinstance(self.value, tuple) else encode_float(self.value)
         return {
             "statement": self.statement,
@@ -174,6 +182,7 @@ class Claim:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The claim that `to_dict` wrote; scale and setting may be missing."""
         raw = data["value"]
         value = (float(raw[0]), float(raw[1])) if isinstance(raw, list | tuple) else float(raw)
         return cls(
@@ -202,13 +211,16 @@ class Finding:
 
     @property
     def label(self) -> str:
+        """The outcome in words; for NEEDS_SCALE, which scale."""
         return f"needs {self.claim.scale} scale" if self.outcome is Outcome.NEEDS_SCALE else str(self.outcome)
 
     @property
     def measured(self) -> str:
+        """The estimate with its interval, "" where there is none."""
         return "" if math.isnan(self.estimate) else show_interval(self.estimate, self.low, self.high)
 
     def to_dict(self) -> dict[str, Any]:
+        """The claim's own data and what was found, as plain JSON data."""
         return self.claim.to_dict() | {
             "outcome": self.label,
             "estimate": encode_float(self.estimate),
@@ -219,6 +231,7 @@ class Finding:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The finding that `to_dict` wrote."""
         outcome = Outcome(data["outcome"]) if data["outcome"] in list(Outcome) else Outcome.NEEDS_SCALE
         low, high = (float(v) for v in data["interval"])
         return cls(Claim.from_dict(data), outcome, float(data["estimate"]), low, high, data["seeds"], data["reason"])
@@ -234,6 +247,7 @@ class Verdict:
 
     @property
     def deciding(self) -> Finding | None:
+        """The finding that the verdict rests on: the first with its outcome, else the first; None without findings."""
         return next(
             (f for f in self.findings if f.outcome is self.outcome), self.findings[0] if self.findings else None
         )
@@ -280,12 +294,30 @@ def average(values: Sequence[float]) -> float:
 
 
 def show_interval(estimate: float, low: float, high: float) -> str:
+    """The estimate and [low, high], four digits each; the estimate alone where the interval is a point."""
     return f"{estimate:.4g}" if low == high else f"{estimate:.4g} [{low:.4g}, {high:.4g}]"
 
 
 def encode_float(value: float) -> float | str:
     """JSON has no NaN and no infinity: they travel as the strings that float() reads back."""
     return value if math.isfinite(value) else str(float(value))
+
+
+@dataclass(frozen=True)
+class Work:
+    """How large a paper's study is at each scale, so that one run tells what another will take.
+
+    Attributes:
+        time, memory: of a study, for the same number of seeds, as multiples of what the default one takes.
+        operations: in floating point, of networks of full size, which come on top at paper scale: once, and for each
+            seed. They go as fast as the device multiplies, and no smaller study tells how fast that is.
+        disk: GiB that a study at paper scale keeps until it is finished.
+    """
+
+    time: Mapping[Scale, float]
+    memory: Mapping[Scale, float]
+    operations: tuple[float, float] = (0.0, 0.0)
+    disk: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -306,20 +338,25 @@ class Paper:
     objects: tuple[str, ...] = ()  # dotted paths
     example: str = ""  # a few lines of Python that call the method
     experiment: Path | None = None  # the Python file beside the card, where there is one
+    work: Work | None = None
 
     @property
     def runnable(self) -> bool:
+        """Whether there is an experiment."""
         return self.experiment is not None
 
     @property
     def stem(self) -> str:
+        """The slug as a Python name: of the card's and the experiment's file."""
         return self.slug.replace("-", "_")
 
     @property
     def year(self) -> int:
+        """Of publication."""
         return int(self.published[:4])
 
     def to_dict(self) -> dict[str, Any]:
+        """The card as plain JSON data."""
         return {
             "number": self.number,
             "slug": self.slug,

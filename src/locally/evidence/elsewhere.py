@@ -43,7 +43,7 @@ def on_cores(processes: int) -> Iterator["Executor"]:
     from concurrent.futures import ProcessPoolExecutor
 
     spawn = multiprocessing.get_context("spawn")
-    with _single_threaded(), ProcessPoolExecutor(processes, spawn, _leave_with_parent) as pool:
+    with _single_threaded(), ProcessPoolExecutor(processes, spawn, leave_with_parent) as pool:
         try:
             yield pool
         except BaseException:
@@ -164,8 +164,8 @@ def _single_threaded() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _leave_with_parent() -> None:
-    """In another process: end when the experiment's process does, however it does, in the middle of an item too."""
+def leave_with_parent() -> None:
+    """In a process that `multiprocessing` has started: end when its parent does, however it does, at any time."""
     from multiprocessing import parent_process
 
     parent = parent_process()

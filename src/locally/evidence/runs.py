@@ -42,7 +42,7 @@ class Evidence:
     measures: tuple[Measure, ...]
     seeds: tuple[int, ...]
     started: str  # ISO 8601, UTC
-    seconds: float
+    seconds: float  # by the clock, all attempts together where a study was taken up again
     peak_memory_mib: float
     device: str = "cpu"
     figures: tuple[Figure, ...] = ()
@@ -129,6 +129,7 @@ class Run:
         self._levels: list[tuple[int, int]] = []  # (done, total) of each open `track`, outermost first
 
     def pick(self, *, quick: T, default: T, paper: T) -> T:
+        """The one of the three that goes with this run's scale."""
         return {Scale.QUICK: quick, Scale.DEFAULT: default, Scale.PAPER: paper}[self.scale]
 
     def data(self, relative: str, what: str) -> Path:

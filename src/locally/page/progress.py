@@ -38,6 +38,18 @@ class QuietBoard:
             print(f"locally: {evidence.slug}: {evidence.label}: {evidence.verdict.reason}", file=sys.stderr)
 
 
+def duration(seconds: float) -> str:
+    """In the largest unit of which there are two at least.
+
+    >>> duration(100), duration(5000), duration(1e8)
+    ('100 s', '83 min', '3 years')
+    """
+    for unit, length in (("years", 365 * 86400), ("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 class Clock:
     """How long each experiment will still take, from how far it has come in how long."""
 
@@ -50,11 +62,7 @@ class Clock:
         begun = self._began.setdefault(event.slug, now)
         if event.fraction < TELLING or now - begun < SETTLING:
             return ""
-        seconds = (now - begun) * (1 - event.fraction) / event.fraction
-        for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
-            if seconds >= 2 * length:
-                return f"about {seconds / length:.0f} {unit} left"
-        return f"about {seconds:.0f} s left"
+        return f"about {duration((now - begun) * (1 - event.fraction) / event.fraction)} left"
 
 
 class PlainBoard(QuietBoard):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -31,14 +31,17 @@ import locally
 from locally.evidence import Claim, Evidence, Figure, Measure, Outcome, Scale, Status, Verdict, judge
 from locally.evidence.elsewhere import THREAD_VARIABLES
 from locally.home import home
-from locally.page.worker import Job
+from locally.page.worker import ITEMS, Job
 
 TIME_LIMITS = {Scale.QUICK: 120.0, Scale.DEFAULT: 600.0, Scale.PAPER: 7 * 86400.0}  # seconds
 SEEDS = {Scale.QUICK: 3, Scale.DEFAULT: 5, Scale.PAPER: 10}
 MEMORY_SHARE = 0.8  # of the machine, where no limit is given
 POLL = 0.1  # seconds
+WEIGHING = 0.01  # share of a processor that watching the memory may take: it means a look at every process there is
+RARELY = 1.0  # seconds that it may wait for that
 LOG_LIMIT = 200_000  # characters kept, from the end
 LOG_TAIL = 4_000  # bytes shown while a run goes on
+SPENT, NOTING = "seconds", 5.0  # file that says how long all attempts at a study have taken, and its seconds' age
 FINISHED = "finished"  # file that says that nothing of an experiment's folder is needed any more
 
 
@@ -65,12 +68,15 @@ def execute(
     added to its environment.
     """
     started = datetime.now(UTC).isoformat(timespec="seconds")
-    begin = time.monotonic()
+    begin, earlier = time.monotonic(), 0.0
     status, peak, result, log = Status.CRASHED, 0.0, dict[str, Any](), ""
     figures: tuple[Figure, ...] = ()
     try:
         with working_folder(job) as folder:
-            status, peak, code = _run_worker(job, folder, on_progress, stop or threading.Event(), on_log, variables)
+            earlier = _read_seconds(folder)
+            kept = partial(_keep_seconds, folder, earlier, begin) if job.scale is Scale.PAPER else (lambda: None)
+            stop = stop or threading.Event()
+            status, peak, code = _run_worker(job, folder, on_progress, stop, on_log, variables, kept)
             log = (folder / "log").read_text(encoding="utf-8", errors="replace")[-LOG_LIMIT:]
             result, reason = _read_result(folder, log)
             figures = _figures(folder, result)
@@ -96,7 +102,7 @@ def execute(
         measures=measures,
         seeds=job.seeds,
         started=started,
-        seconds=time.monotonic() - begin,
+        seconds=earlier + time.monotonic() - begin,
         peak_memory_mib=max(peak, result.get("peak_memory_mib", 0.0)),
         device=job.device,
         figures=figures,
@@ -159,23 +165,52 @@ def working_folder(job: Job) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def study_folder(job: Job) -> Path:
+    """Where a full-size study works; what an earlier attempt of the same code has finished is under it."""
+    place, name = _study(job)
+    return place / f"{name}-{_digest(code_version())}"
+
+
+def items_kept(job: Job) -> int:
+    """Finished items of an earlier attempt at a full-size study, which the next one does not repeat."""
+    return sum(1 for _ in (study_folder(job) / ITEMS).glob("*.item"))
+
+
+def _study(job: Job) -> tuple[Path, str]:
+    same_result = replace(job, threads=1, time_limit=0.0, memory_limit=0.0, nice=0).to_json()
+    return home() / "unfinished", f"{job.slug}-{_digest(same_result)}"
+
+
 def _lasting_folder(job: Job, stack: contextlib.ExitStack) -> Path | None:
     """None while another process is at the same study."""
-    same_result = replace(job, threads=1, time_limit=0.0, memory_limit=0.0).to_json()
-    name = f"{job.slug}-{_digest(same_result)}"
-    place = home() / "unfinished"
+    place, name = _study(job)
     place.mkdir(exist_ok=True)
     try:
         stack.enter_context(FileLock(place / f"{name}.lock", timeout=0))
     except Timeout:
         return None
-    folder = place / f"{name}-{_digest(code_version())}"
+    folder = study_folder(job)
     for leftover in place.glob(f"{name}-*"):
         if leftover != folder:
             shutil.rmtree(leftover, ignore_errors=True)
     folder.mkdir(exist_ok=True)
     (folder / "result.json").unlink(missing_ok=True)
     return folder
+
+
+def _read_seconds(folder: Path) -> float:
+    """What earlier attempts at the study in this folder have taken."""
+    try:
+        return float((folder / SPENT).read_text())
+    except (OSError, ValueError):
+        return 0.0
+
+
+def _keep_seconds(folder: Path, earlier: float, begin: float) -> None:
+    """Where a kill leaves it for the next attempt; a look at the file's age is cheap, writing waits a while."""
+    file, now = folder / SPENT, time.time()
+    if not file.exists() or now - file.stat().st_mtime > NOTING:
+        file.write_text(f"{earlier + time.monotonic() - begin}")
 
 
 def _digest(text: str) -> str:
@@ -189,6 +224,7 @@ def _run_worker(
     stop: threading.Event,
     on_log: Callable[[str], None] | None,
     variables: Mapping[str, str],
+    keep_seconds: Callable[[], None],
 ) -> tuple[Status, float, int]:
     """How the process ended by our own hand (FINISHED when it ended by itself), peak memory in MiB, exit code."""
     with open(folder / "log", "wb") as log:
@@ -202,7 +238,12 @@ def _run_worker(
             start_new_session=True,
         )
     show_log = (lambda: None) if on_log is None else _new_lines(folder / "log", on_log)
-    status, peak = _watch(process, job, on_progress, stop, show_log)
+
+    def look() -> None:
+        show_log()
+        keep_seconds()
+
+    status, peak = _watch(process, job, on_progress, stop, look)
     return status, peak, process.returncode
 
 
@@ -211,7 +252,7 @@ def _watch(
     job: Job,
     on_progress: Callable[[Progress], None],
     stop: threading.Event,
-    show_log: Callable[[], None],
+    look: Callable[[], None],
 ) -> tuple[Status, float]:
     """Feed the job in, pass its progress on, and enforce the limits until it ends."""
     assert process.stdin is not None
@@ -224,22 +265,25 @@ def _watch(
     reader = threading.Thread(target=_read_progress, args=(process.stdout, job.slug, on_progress), daemon=True)
     reader.start()
 
-    deadline = time.monotonic() + _time_limit(job)
-    peak, status = 0.0, Status.FINISHED
+    deadline = time.monotonic() + time_limit(job)
+    peak, status, weigh_at = 0.0, Status.FINISHED, 0.0
     while process.poll() is None:
-        peak = max(peak, resident_mib(process.pid))
+        if time.monotonic() >= weigh_at:
+            spent = time.thread_time()
+            peak = max(peak, resident_mib(process.pid))
+            weigh_at = time.monotonic() + min((time.thread_time() - spent) / WEIGHING, RARELY)
         if stop.is_set():
             status = Status.CANCELLED
         elif time.monotonic() > deadline:
             status = Status.TIMED_OUT
-        elif peak > _memory_limit(job):
+        elif peak > memory_limit(job):
             status = Status.OUT_OF_MEMORY
         if status is not Status.FINISHED:
             break
-        show_log()
+        look()
         time.sleep(POLL)
     _end(process)
-    show_log()
+    look()
     reader.join(timeout=5)
     process.stdin.close()
     return status, peak
@@ -301,11 +345,13 @@ def _environment(threads: int) -> dict[str, str]:
     return os.environ | habits | dict.fromkeys(THREAD_VARIABLES, str(threads))
 
 
-def _time_limit(job: Job) -> float:
+def time_limit(job: Job) -> float:
+    """In seconds."""
     return job.time_limit or TIME_LIMITS[job.scale]
 
 
-def _memory_limit(job: Job) -> float:
+def memory_limit(job: Job) -> float:
+    """In MiB."""
     return job.memory_limit or MEMORY_SHARE * psutil.virtual_memory().total / 2**20
 
 
@@ -322,8 +368,8 @@ def _read_result(folder: Path, log: str) -> tuple[dict[str, Any], str]:
 
 def _why_stopped(status: Status, job: Job) -> str:
     return {
-        Status.TIMED_OUT: f"stopped at its time limit of {_time_limit(job):g} s",
-        Status.OUT_OF_MEMORY: f"stopped at its memory limit of {_memory_limit(job):.0f} MiB",
+        Status.TIMED_OUT: f"stopped at its time limit of {time_limit(job):g} s",
+        Status.OUT_OF_MEMORY: f"stopped at its memory limit of {memory_limit(job):.0f} MiB",
     }.get(status, "stopped before its end")
 
 

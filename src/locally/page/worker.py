@@ -23,6 +23,7 @@ from locally import catalogue
 from locally.errors import UsageError
 from locally.evidence import Run, Scale, Status
 
+ITEMS = "items"  # folder of finished items of a full-size study
 REPORTED = ("locally", "torch", "numpy", "scipy", "scikit-learn", "numba", "matplotlib")
 
 
@@ -38,6 +39,7 @@ class Job:
     time_limit: float = 0.0  # seconds, 0 for the scale's own
     memory_limit: float = 0.0  # MiB, 0 for most of the machine's
     threads: int = 1
+    nice: int = 0  # how far it stands back where others want the processor too
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -52,6 +54,7 @@ def main() -> None:
     reports = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8", buffering=1)
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     job = Job.from_json(sys.stdin.readline())
+    os.nice(job.nice)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     folder = Path.cwd()
 
@@ -70,7 +73,7 @@ def main() -> None:
         device=job.device,
         scratch=folder,
         data=Path(job.data) if job.data else None,
-        keep=folder / "items" if job.scale is Scale.PAPER else None,
+        keep=folder / ITEMS if job.scale is Scale.PAPER else None,
         on_progress=progress,
     )
     error, status = "", Status.FINISHED

@@ -47,6 +47,7 @@ class DelayedDecoding:
 
     @property
     def delay(self) -> Int[Tensor, "rows response"]:
+        """Steps that each token was stable before it was committed."""
         return self.commit_step - self.first_stable
 
 

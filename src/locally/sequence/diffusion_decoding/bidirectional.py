@@ -62,6 +62,7 @@ class BlockCache:
 
     @property
     def filled(self) -> bool:
+        """Whether keys and values outside the window are there."""
         return bool(self.outside)
 
     def complete(self, layer: int, key: Tensor, value: Tensor, filling: bool) -> tuple[Tensor, Tensor]:
@@ -113,6 +114,7 @@ class BidirectionalLM(nn.Module):
         return self.stack.lm_head(self._hidden(input_ids, attention_mask, None))
 
     def new_cache(self, window: slice) -> BlockCache:
+        """An empty cache for one window of positions."""
         return BlockCache(window)
 
     def logits_at(

@@ -38,9 +38,18 @@ class WindowedModel(Protocol):
     logits at `positions` only. `new_cache` makes an empty cache; its `keep` drops rows.
     """
 
-    def logits_at(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor: ...
+    def logits_at(self, input_ids: Tensor, positions: Tensor, attention_mask: Tensor | None, cache: Any) -> Tensor:
+        """Logits at `positions` of the whole sequence, (rows, positions, vocabulary).
 
-    def new_cache(self, window: slice) -> Any: ...
+        Args:
+            input_ids: (rows, length).
+            positions: where logits are wanted, (positions,).
+            attention_mask: (rows, length), 0 at padding on the left; None where there is none.
+            cache: filled by the first call, read by those after it; None computes everything.
+        """
+
+    def new_cache(self, window: slice) -> Any:
+        """An empty cache whose window is these positions; the rest is computed once."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +231,7 @@ class Decoding:
 
     @property
     def output(self) -> DiffusionOutput:
+        """What is written so far, with its costs; a copy."""
         tensors = self.x.clone(), self.nfe.clone(), self.commit_step.clone(), self.confidence.clone()
         x, nfe, commit_step, confidence = tensors
         return DiffusionOutput(x, nfe, self.forward_calls, commit_step, confidence, tuple(self.status))

@@ -16,6 +16,8 @@ Generators = Generator | Sequence[Generator] | None
 
 @dataclass(frozen=True)
 class Prediction:
+    """The token that would be written at every position, and how sure the model is of it."""
+
     tokens: Int[Tensor, "rows n"]
     confidence: Float[Tensor, "rows n"]  # in [0, 1]
 

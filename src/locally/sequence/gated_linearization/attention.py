@@ -79,6 +79,7 @@ class LigerAttention(nn.Module):
         return self.o_proj(o.to(v.dtype).transpose(1, 2).flatten(2)), None
 
     def project(self, x: Float[Tensor, "batch T width"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before rotation, each (batch, heads, T, head_dim)."""
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
@@ -87,6 +88,13 @@ class LigerAttention(nn.Module):
     def attend_nearby(
         self, q: Tensor, k: Tensor, v: Tensor, layer: "LigerLayer | None", visible: Bool[Tensor, "batch T"] | None
     ) -> Tensor:
+        """The window branch: softmax attention to the last `window` tokens, o of q's shape.
+
+        Args:
+            q, k, v: rotated queries and keys, and values, (batch, heads, T, head_dim).
+            layer: the cache's, which takes these keys and values in; None where every token is here.
+            visible: False at padding.
+        """
         scale = self.head_dim**-0.5
         if layer is None:
             return sliding_window_attention(q, k, v, window=self.liger.window, scale=scale, visible=visible)

@@ -32,6 +32,8 @@ PLATEAU = ("best", "num_bad_epochs", "last_epoch")
 
 
 class Status(StrEnum):
+    """How training ended; set by `fit_lora`, read from `Recovery.status`."""
+
     FINISHED = "finished"
     STOPPED = "stopped by the callback"
     DIVERGED = "diverged: the loss is not finite; the adapters are the best ones before"
@@ -126,9 +128,11 @@ class Schedule:
             check_positive("max_grad_norm", self.max_grad_norm)
 
     def steps(self, examples: int) -> int:
+        """Steps of the optimizer in all, for that many examples."""
         return self.epochs * self.steps_of_an_epoch(examples)
 
     def steps_of_an_epoch(self, examples: int) -> int:
+        """Whole steps that an epoch of that many examples makes, at least 1; what is left over is dropped."""
         return max(1, examples // (self.batch_size * self.accumulation))
 
     def rows(self, step: int, examples: int) -> Int64[Tensor, " rows"]:

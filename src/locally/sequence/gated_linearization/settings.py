@@ -73,6 +73,7 @@ class LigerConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "LigerConfig":
+        """The settings that a checkpoint carries; ValueError for names that are none."""
         unknown = set(data) - set(cls.__dataclass_fields__)
         if unknown:
             raise ValueError(f"unknown settings of Liger attention: {', '.join(sorted(unknown))}")

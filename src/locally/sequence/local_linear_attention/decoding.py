@@ -45,10 +45,12 @@ class KeyValueCache:
 
     @property
     def keys(self) -> Tensor:
+        """Those taken in so far, without a copy; ValueError while there are none."""
         return self._filled(self._keys)
 
     @property
     def values(self) -> Tensor:
+        """Those taken in so far, without a copy; ValueError while there are none."""
         return self._filled(self._values)
 
     @property

@@ -19,6 +19,8 @@ from locally.sequence.local_linear_attention.solvers import Options, Report
 
 
 class Status(StrEnum):
+    """Whether the solves behind an output met the tolerance; read from `LLAInfo.status`."""
+
     CONVERGED = "converged"
     ITERATION_LIMIT = "iteration limit: some rows of the solver did not reach the tolerance"
 
@@ -36,6 +38,7 @@ class LLAInfo:
 
     @property
     def converged(self) -> bool:
+        """Whether the status is CONVERGED."""
         return self.status is Status.CONVERGED
 
 

@@ -91,6 +91,7 @@ class LocalLinearAttention(nn.Module):
 
     @property
     def ridge(self) -> Float[Tensor, "heads 1"]:
+        """The ridge of each head, positive."""
         return nn.functional.softplus(self.raw_ridge)
 
     def forward(
@@ -122,9 +123,11 @@ class LocalLinearAttention(nn.Module):
         return (y, past) if use_cache else y
 
     def merge(self, o: Float[Tensor, "batch heads L d"]) -> Float[Tensor, "batch L embed"]:
+        """The output projection of all heads side by side."""
         return self.o_proj(o.transpose(1, 2).flatten(2))
 
     def project(self, x: Float[Tensor, "batch L embed"], position: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of the heads, normalised and rotated as set; the first token has this position."""
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)

@@ -52,6 +52,7 @@ class LocalLinearRegressor(RegressorMixin, BaseEstimator):
         return tags
 
     def fit(self, X: ArrayLike, y: ArrayLike) -> "LocalLinearRegressor":
+        """Keep the samples: all work is in `predict`. ValueError if X, y or a parameter is unfit."""
         check_positive("bandwidth", self.bandwidth)
         check_positive("ridge", self.ridge)
         features, targets = validate_data(self, X, y, dtype=np.float64, multi_output=True, y_numeric=True)
@@ -59,6 +60,10 @@ class LocalLinearRegressor(RegressorMixin, BaseEstimator):
         return self
 
     def predict(self, X: ArrayLike) -> Float[ndarray, "m *outputs"]:
+        """The intercepts of the local fits at the rows of X, in units of y.
+
+        Queries are taken in blocks, so that memory does not grow with m n.
+        """
         check_is_fitted(self, "_X")
         at: ndarray = np.asarray(validate_data(self, X, dtype=np.float64, reset=False))
         wide = self._y.reshape(len(self._y), -1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from locally.sequence.structured_pruning.levels import HEADS, KINDS, NEURONS
 from locally.sequence.structured_pruning.network import Block, Network
 from locally.sequence.structured_pruning.statistics import InputStatistics
+from locally.sequence.structured_pruning.team import Team
 
 
 class HiddenStates:
@@ -25,11 +26,17 @@ class HiddenStates:
         folder: where the two files are.
         network, ids: the model, and token ids of shape (sequences, length).
         batch: sequences that go through a block at a time.
+        team: whose members have a share of the sequences each; at least one sequence for each.
     """
 
-    def __init__(self, folder: Path, network: Network, ids: Int[Tensor, "N T"], *, batch: int = 8) -> None:
+    def __init__(
+        self, folder: Path, network: Network, ids: Int[Tensor, "N T"], *, batch: int = 8, team: Team | None = None
+    ) -> None:
+        self.team = team or Team()
+        ids = ids[self.team.share(len(ids))]
         self.network, self.ids, self.batch = network, ids, batch
-        self.files = (folder / "hidden_even.bin", folder / "hidden_odd.bin")
+        whose = "" if self.team.size == 1 else f"_{self.team.rank}_of_{self.team.size}"
+        self.files = (folder / f"hidden_even{whose}.bin", folder / f"hidden_odd{whose}.bin")
         first = network.embed(ids[:1])
         self.shape, self.dtype = (len(ids), *first.shape[1:]), first.dtype
 
@@ -47,7 +54,7 @@ class HiddenStates:
     def observe(
         self, b: int, block: Block, kinds: Sequence[str] = KINDS, *, gram: bool = True
     ) -> dict[str, InputStatistics]:
-        """Inputs of the output projections of block b."""
+        """Inputs of the output projections of block b, of this member's sequences."""
         outputs = {HEADS: block.self_attn.o_proj, NEURONS: block.mlp.down_proj}
         seen = {
             kind: InputStatistics(outputs[kind].in_features, gram=gram, device=outputs[kind].weight.device)

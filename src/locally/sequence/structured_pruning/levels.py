@@ -30,6 +30,7 @@ class SubLayer(NamedTuple):
 
     @property
     def name(self) -> str:
+        """As files and tables call it: blocks.<number>.<kind>."""
         return f"blocks.{self.block}.{self.kind}"
 
 
@@ -65,6 +66,7 @@ class Space:
 
     @property
     def start(self) -> Levels:
+        """Level 0 everywhere."""
         return (0,) * len(self.sublayers)
 
     def bounds(self, i: int) -> tuple[int, int]:
@@ -76,6 +78,7 @@ class Space:
         return -down, up
 
     def removed(self, levels: Levels) -> Removed:
+        """Groups removed from every sub-layer at these levels."""
         return tuple(c + j * s for c, j, s in zip(self.centres, levels, self.steps))
 
     def choices(self, i: int) -> list[int]:

@@ -61,11 +61,17 @@ class Network:
         raise TypeError(f"{type(self).__name__} is an interface")
 
     def sublayers(self, unit: str = "query_head") -> tuple[SubLayer, ...]:
+        """Heads and neurons of every block, block by block.
+
+        Args:
+            unit: "query_head", or "kv_group": heads then go with all that share their keys and values.
+        """
         heads = self.heads if unit == "query_head" else self.kv_heads
         kinds = ((HEADS, heads), (NEURONS, self.neurons))
         return tuple(SubLayer(b, kind, groups) for b in range(self.depth) for kind, groups in kinds)
 
     def embed(self, ids: Int[Tensor, "batch T"]) -> Float[Tensor, "batch T hidden"]:
+        """Hidden states before the first block."""
         embedding = self.part("embed_tokens")
         with torch.no_grad():
             return embedding(ids.to(_device_of(embedding)))
@@ -78,6 +84,7 @@ class Network:
         return out[0] if isinstance(out, tuple) else out
 
     def logits(self, hidden: Float[Tensor, "batch T hidden"]) -> Float[Tensor, "batch T vocabulary"]:
+        """Logits from the hidden states after the last block."""
         norm, head = self.part("norm"), self.part("lm_head")
         with torch.no_grad():
             return head(norm(hidden.to(_device_of(norm))).to(_device_of(head)))

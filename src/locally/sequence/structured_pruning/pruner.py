@@ -31,6 +31,7 @@ from locally.sequence.structured_pruning.supernet import (
     build_supernet,
     write_json,
 )
+from locally.sequence.structured_pruning.team import Team
 from locally.sequence.structured_pruning.validity import check_ids, check_sparsity
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ class TyrPruner:
         device, dtype: for a model that is given as a folder.
         random_state: seed of the search.
         callback: called with (fraction done in [0, 1], what is being done).
+        team: processes that do this together, each with the same other arguments, and calls `fit` with the same; only
+            the first of them calls back. `workdir` is a folder that all of them see. Statistics are then summed in
+            another order, so that figures agree with those of one process to rounding.
 
     Attributes:
         removed_: groups removed, for the name of each sub-layer.
@@ -113,6 +117,7 @@ class TyrPruner:
         dtype: torch.dtype | None = None,
         random_state: int = 0,
         callback: Callable[[float, str], None] | None = None,
+        team: Team | None = None,
     ) -> None:
         check_sparsity(sparsity)
         check_count("iterations", iterations)
@@ -151,6 +156,9 @@ class TyrPruner:
         )
         self.workdir = None if workdir is None else Path(workdir)
         self.keep_iterations, self.device, self.dtype, self.callback = keep_iterations, device, dtype, callback
+        self.team = team or Team()
+        if self.team.size > 1 and workdir is None:
+            raise ValueError(f"workdir must be given: the {self.team.size} processes of a team share it")
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def fit(
@@ -171,6 +179,7 @@ class TyrPruner:
             ValueError: of `calibration`, or of a stage that asks for more tokens than there are.
             BadCheckpoint: the folder cannot be read.
             WorkFolderMismatch: `workdir` holds work on something else, or another process works in it.
+            LostMember: another process of the team has ended. What is finished is kept.
         """
         network = open_network(model, device=self.device, dtype=self.dtype)
         check_ids("calibration", calibration, network.config)
@@ -179,10 +188,16 @@ class TyrPruner:
         most = max(self.schedule.tokens_per_stage)
         if most > chosen.numel():
             raise ValueError(f"calibration is too short: tokens_per_stage asks for {most} tokens, got {chosen.numel()}")
+        if len(calibration) < self.team.size:
+            raise ValueError(
+                f"calibration must have a sequence for each of the {self.team.size} processes, got {len(calibration)}"
+            )
         if self.workdir is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="locally-prune-")
             return self._fit(network, calibration, chosen, Path(self._temporary.name))
         self.workdir.mkdir(parents=True, exist_ok=True)
+        if not self.team.leads:  # whose first process holds the lock
+            return self._fit(network, calibration, chosen, self.workdir)
         try:
             with FileLock(self.workdir / ".lock", timeout=0):
                 return self._fit(network, calibration, chosen, self.workdir)
@@ -190,7 +205,7 @@ class TyrPruner:
             raise WorkFolderMismatch(f"another process works in {self.workdir}") from None
 
     def _fit(self, network: Network, ids: Tensor, search_ids: Tensor, work: Path) -> "TyrPruner":
-        check_manifest(work / "manifest.json", self._manifest(network, ids, search_ids))
+        self._agree(work / "manifest.json", self._manifest(network, ids, search_ids))
         sublayers = network.sublayers(self.unit)
         centres = uniform(sublayers, self.sparsity, self.prune)
         self.history_: list[dict[str, float | int]] = []
@@ -199,7 +214,7 @@ class TyrPruner:
             supernet, progress = self._iteration(network, ids, search_ids, space, work / f"iteration_{t}", t)
             self.history_ += [{"iteration": t, **record} for record in progress.history]
             centres = space.removed(progress.parent)
-            if t > 0 and not self.keep_iterations:  # nothing of it is needed but what it found
+            if t > 0 and self.team.leads and not self.keep_iterations:  # nothing of it is needed but what it found
                 for old in (work / f"iteration_{t - 1}").glob("*.safetensors"):
                     old.unlink()
         self.removed_ = {s.name: r for s, r in zip(sublayers, centres)}
@@ -207,6 +222,19 @@ class TyrPruner:
         self.plan_: SupernetPlan = supernet.plan(centres)
         self._say(1.0, "done")
         return self
+
+    def _agree(self, path: Path, manifest: dict[str, Any]) -> None:
+        """All members have the same before them, in one folder."""
+        if self.team.leads:
+            check_manifest(path, manifest)
+        self.team.wait()
+        if not self.team.leads:
+            if not path.exists():
+                raise WorkFolderMismatch(
+                    f"process {self.team.rank} does not see the {path.name} of process 0 in {path.parent}: "
+                    "the work folder must be one that all processes share"
+                )
+            check_manifest(path, manifest)
 
     def _space(self, sublayers: tuple[Any, ...], centres: Removed, t: int) -> Space:
         steps = step_sizes(sublayers, self.interval / 2**t, least=self.least_steps)
@@ -216,6 +244,7 @@ class TyrPruner:
         self, network: Network, ids: Tensor, search_ids: Tensor, space: Space, folder: Path, t: int
     ) -> tuple[Supernet, Progress]:
         """One supernet and one search, each from where it stands."""
+        self.team.wait()  # nobody reads what another is about to write
         stored = folder / "search.json"
         progress = Progress.from_dict(json.loads(stored.read_text("utf-8"))) if stored.exists() else None
         finished = progress is not None and self._ended(progress)
@@ -228,12 +257,15 @@ class TyrPruner:
             self._say(share * (t + 0.5 * done / of), f"iteration {t + 1}: supernet, block {done} of {of}")
 
         def on_generation(now: Progress) -> None:
-            write_json(stored, now.to_dict())
+            if self.team.leads:
+                write_json(stored, now.to_dict())
             done = now.generation / self.schedule.generations
             self._say(share * (t + 0.5 + 0.5 * done), f"iteration {t + 1}: search, generation {now.generation}")
 
-        supernet = build_supernet(network, ids, space, folder, self.local, unit=self.unit, on_block=on_block)
-        scorer = Scorer(supernet, search_ids, fitness=self.fitness, top_k=self.top_k)
+        supernet = build_supernet(
+            network, ids, space, folder, self.local, unit=self.unit, on_block=on_block, team=self.team
+        )
+        scorer = Scorer(supernet, search_ids, fitness=self.fitness, top_k=self.top_k, team=self.team)
         rng = np.random.default_rng([self.random_state, t])
         progress = search(
             space,
@@ -285,7 +317,7 @@ class TyrPruner:
             raise ValueError("this TyrPruner is not fitted: call fit first")
 
     def _say(self, fraction: float, what: str) -> None:
-        if self.callback is not None:
+        if self.callback is not None and self.team.leads:
             self.callback(fraction, what)
 
     def _manifest(self, network: Network, ids: Tensor, search_ids: Tensor) -> dict[str, Any]:

@@ -6,7 +6,7 @@ agree up to it share its output. So a stage reads the model once, whether it is 
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from locally.sequence.structured_pruning.levels import Removed
 from locally.sequence.structured_pruning.network import Block
 from locally.sequence.structured_pruning.search import Batch
 from locally.sequence.structured_pruning.supernet import Supernet
+from locally.sequence.structured_pruning.team import Team
 
 FITNESS = ("kl", "topk_kl", "ppl", "hidden")
 LOGITS_AT_ONCE = 1 << 25  # entries
@@ -37,6 +38,9 @@ class Scorer:
             block, times `alpha`. The last position of a sequence is left out.
         cache_bytes: of blocks at their levels that are kept between calls.
         tokens_at_once: how many tokens of each candidate go through a block together; bounds the memory.
+        team: processes that share out the pieces of a batch, or its candidates where there are more processes than
+            pieces. Each calls with the same arguments and gets the scores that one process would, bit for bit where
+            all compute with as many threads.
     """
 
     def __init__(
@@ -49,24 +53,40 @@ class Scorer:
         alpha: float = 1.0,
         cache_bytes: int = 1 << 28,
         tokens_at_once: int = 16384,
+        team: Team | None = None,
     ) -> None:
         check_choice("fitness", fitness, FITNESS)
         check_count("top_k", top_k)
         self.supernet, self.network, self.ids = supernet, supernet.network, ids
         self.fitness, self.top_k, self.alpha = fitness, top_k, alpha
         self.cache_bytes, self.tokens_at_once = cache_bytes, tokens_at_once
+        self.team = team or Team()
         self._cache: OrderedDict[tuple[int, int, int], nn.Module] = OrderedDict()
         depth = self.network.depth
         self.compared = {0, depth // 2, depth - 1} if fitness == "hidden" else set()
 
     def __call__(self, candidates: Sequence[Removed], batch: Batch) -> Float[np.ndarray, " candidates"]:
         """Scores on the first `batch.tokens` tokens of these sequences."""
+        pieces = self._pieces(batch)
+        sums = torch.zeros(len(pieces), len(candidates), dtype=torch.float64)
+        for p, chosen in self._own(len(pieces), candidates):
+            sums[p, chosen] = torch.from_numpy(self._sums([candidates[c] for c in chosen], pieces[p]))
+        self.team.sum(sums)  # exact: all but one of the terms are zero
+        positions = sum(ids.shape[0] * (ids.shape[1] - 1) for ids in pieces)
         totals = np.zeros(len(candidates))
-        positions = 0
-        for ids in self._pieces(batch):
-            totals += self._sums(candidates, ids)
-            positions += ids.shape[0] * (ids.shape[1] - 1)
+        for of_piece in sums.numpy():
+            totals += of_piece
         return totals / max(positions, 1)
+
+    def _own(self, pieces: int, candidates: Sequence[Removed]) -> Iterator[tuple[int, list[int]]]:
+        """This member's pieces, each with the candidates to score on it; candidates that share blocks stay together."""
+        order = sorted(range(len(candidates)), key=lambda c: candidates[c])
+        parts = -(-self.team.size // max(pieces, 1))
+        for unit in range(self.team.rank, pieces * parts, self.team.size):
+            p, part = divmod(unit, parts)
+            chosen = order[len(order) * part // parts : len(order) * (part + 1) // parts]
+            if chosen:
+                yield p, chosen
 
     def _pieces(self, batch: Batch) -> list[Int[Tensor, "count length"]]:
         """Whole sequences in chunks, then what is left of the last one."""

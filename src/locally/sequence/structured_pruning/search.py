@@ -75,10 +75,12 @@ class Progress:
     history: list[dict[str, float | int]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Progress":
+        """Where the search stood that wrote `to_dict`."""
         return cls(**{**stored, "parent": tuple(stored["parent"])})
 
 

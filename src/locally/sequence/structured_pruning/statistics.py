@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from locally.sequence.structured_pruning.team import Team
+
 
 class InputStatistics:
     """Sums over tokens, added to batch by batch.
@@ -24,6 +26,7 @@ class InputStatistics:
         self.gram = torch.zeros(width, width, device=device) if gram else None
 
     def add(self, x: Float[Tensor, "*batch width"]) -> None:
+        """Take in a batch of inputs; leading dimensions are tokens."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.tokens += len(x)
         self.total += x.sum(0)
@@ -32,6 +35,14 @@ class InputStatistics:
         else:
             self.gram.addmm_(x.mT, x)
 
+    def reduce(self, team: Team, to: int) -> None:
+        """Bring together, at one member of a team, what all have seen; the others' sums then mean nothing."""
+        tokens = torch.tensor(self.tokens)
+        for sums in (tokens, self.total, self.squares, self.gram):
+            if sums is not None:
+                team.reduce(sums, to)
+        self.tokens = int(tokens)
+
     @property
     def squared_norms(self) -> Float[Tensor, " width"]:
         """Sum over tokens of the squares of each input."""
@@ -39,6 +50,7 @@ class InputStatistics:
 
     @property
     def means(self) -> Float[Tensor, " width"]:
+        """Mean of each input over the tokens; 0 before the first."""
         return self.total / max(self.tokens, 1)
 
     @property

@@ -25,6 +25,7 @@ from locally.sequence.structured_pruning.levels import HEADS, KINDS, NEURONS, Re
 from locally.sequence.structured_pruning.local import LocalPruneResult, iterate_levels
 from locally.sequence.structured_pruning.network import Block, Network
 from locally.sequence.structured_pruning.statistics import InputStatistics
+from locally.sequence.structured_pruning.team import Team
 
 ACCUMULATIONS = ("expectation", "center", "uniform", "random", "none")
 
@@ -72,6 +73,7 @@ class Supernet:
         return BlockCut(self._read(b, HEADS, heads), self._read(b, NEURONS, neurons))
 
     def plan(self, removed: Removed) -> "SupernetPlan":
+        """The network with that many groups removed from every sub-layer, its blocks read when they are run."""
         return SupernetPlan(self, removed)
 
     def _read(self, b: int, kind: str, removed: int) -> Cut | None:
@@ -116,6 +118,7 @@ def build_supernet(
     *,
     unit: str = "query_head",
     on_block: Callable[[int, int], None] | None = None,
+    team: Team | None = None,
 ) -> Supernet:
     """Prune every sub-layer at every level of `space`, or go on where an earlier call with the same input was stopped.
 
@@ -123,42 +126,68 @@ def build_supernet(
         ids: calibration sequences.
         folder: gets one file for each sub-layer and level; hidden states are there while it works.
         on_block: called with (blocks done, blocks).
+        team: processes that do this together, each with its share of the sequences and the same other arguments. Heads
+            are fitted by the first and neurons by the second of them. Their sums of the statistics differ in rounding
+            from those of one process, and so do the levels.
+
+    Raises:
+        LostMember: another process has ended; the blocks that are finished are kept.
 
     Complexity:
         Two passes of the calibration data through the model, and for each sub-layer O(d_in^3). Memory of one block, the
         Gram matrices of its two output projections and what `local_prune` takes; hidden states are on disk, twice.
     """
-    settings = settings or LocalSettings()
+    settings, team = settings or LocalSettings(), team or Team()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    states = HiddenStates(folder, network, ids, batch=settings.batch)
-    done = _blocks_done(folder, space)
-    if done < network.depth and (done == 0 or not states.intact()):
-        done = 0
+    if len(ids) < team.size:
+        raise ValueError(f"ids must have a sequence for each of the {team.size} processes, got {len(ids)}")
+    states = HiddenStates(folder, network, ids, batch=settings.batch, team=team)
+    done, processes = _blocks_done(folder, space)
+    usable = done == network.depth or (processes == team.size and states.intact())
+    done = team.least(done if usable else 0)
+    if done == 0:
         states.embed()
     for b in range(done, network.depth):
         _prune_block(network, b, space, states, settings, unit, folder)
-        write_json(folder / "state.json", {"blocks_done": b + 1})
+        team.wait()  # for the others' hidden states, of which the state speaks too
+        if team.leads:
+            write_json(folder / "state.json", {"blocks_done": b + 1, "processes": team.size})
+        team.wait()  # nobody may write over the input of block b before
         if on_block is not None:
             on_block(b + 1, network.depth)
-    for file in states.files:
-        file.unlink(missing_ok=True)
+    if team.leads:
+        for file in folder.glob("hidden_*.bin"):
+            file.unlink(missing_ok=True)
     return Supernet(network, space, folder, unit)
 
 
 def _prune_block(
     network: Network, b: int, space: Space, states: HiddenStates, settings: LocalSettings, unit: str, folder: Path
 ) -> None:
-    block = network.block(b)
+    team, block = states.team, network.block(b)
     handed_on = block
     averages: dict[str, Cut | None] = dict.fromkeys(KINDS)
     for kinds in [(HEADS,), (NEURONS,)] if settings.sequential else [KINDS]:
         seen = states.observe(b, handed_on, kinds)
+        whose = {kind: KINDS.index(kind) % team.size for kind in kinds}
         for kind in kinds:
-            dense = _output(block, kind)
-            i = 2 * b + KINDS.index(kind)
-            average = prune_sublayer(dense, seen.pop(kind), space, i, settings, network, unit, folder)
+            seen[kind].reduce(team, whose[kind])
+        fitted: dict[str, Tensor | None] = {}
+        for kind in kinds:  # by their owners at the same time
+            dense, i = _output(block, kind), 2 * b + KINDS.index(kind)
+            if team.rank == whose[kind]:
+                fitted[kind] = prune_sublayer(dense, seen.pop(kind), space, i, settings, network, unit, folder)
+            else:
+                expected = (
+                    None if settings.accumulation == "none" else torch.empty_like(dense.weight.mT, dtype=torch.float)
+                )
+                fitted[kind] = expected
+        seen.clear()
+        for kind in kinds:
+            dense, average = _output(block, kind), fitted[kind]
             if average is not None:
+                team.broadcast(average, whose[kind])
                 everything = torch.arange(network.heads if kind == HEADS else network.neurons)
                 bias = None if dense.bias is None else dense.bias.detach()
                 averages[kind] = Cut(everything, average.mT, bias)
@@ -260,11 +289,13 @@ def _file(folder: Path, b: int, kind: str, removed: int) -> Path:
     return folder / f"block_{b:04d}_{kind}_{removed:05d}.safetensors"
 
 
-def _blocks_done(folder: Path, space: Space) -> int:
-    """As the folder says, if every level of these blocks is there."""
+def _blocks_done(folder: Path, space: Space) -> tuple[int, int]:
+    """As the folder says, if every level of these blocks is there; and by how many processes."""
     try:
-        done = json.loads((folder / "state.json").read_text(encoding="utf-8"))["blocks_done"]
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        done, processes = state["blocks_done"], state["processes"]
     except (OSError, json.JSONDecodeError, KeyError, TypeError):
-        return 0
+        return 0, 0
     levels = ((s, r) for i, s in enumerate(space.sublayers) if s.block < done for r in space.choices(i) if r)
-    return done if all(_file(folder, s.block, s.kind, r).exists() for s, r in levels) else 0
+    complete = all(_file(folder, s.block, s.kind, r).exists() for s, r in levels)
+    return (done, processes) if complete else (0, 0)
