@@ -242,7 +242,7 @@ class Wrapped(nn.Module):
         (Wrapped(nn.LeakyReLU(2.0)), r"body\.1 \(LeakyReLU\)"),
         (Aliased(), "act changes in place"),
         (Forked(), "control flow"),
-        (Product(), "mul .* two values"),
+        (Product(), "mul .* of squares only"),
         (nn.Linear(5, 1), r"Linear\) does not take an input of shape \(4,\)"),
     ],
 )

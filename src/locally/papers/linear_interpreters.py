@@ -5,6 +5,7 @@ All networks are trained here, on scikit-learn's digits and photographs. The ful
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,19 @@ from torch import Tensor, nn
 
 from locally.evidence import MissingData, Run
 from locally.plots import PALETTE, canvas
-from locally.tangent.interpreter import SVD, LinearInterpreter, band, gaze, support, template_share
+from locally.tangent.interpreter import SVD, LinearInterpreter, band, gaze, published, support, template_share
 from locally.tangent.interpreter.figures import plot_copies, plot_filters, plot_singular_images, plot_votes
-from locally.tangent.interpreter.images import Patches, image_files, labelled_images, load_photographs, read_image
-from locally.tangent.interpreter.published import EDSR, VGG, CycleGenerator, ResNet, Standardised, load_weights
+from locally.tangent.interpreter.images import (
+    Patches,
+    drawn,
+    grey,
+    halved,
+    image_files,
+    labelled_images,
+    load_photographs,
+    psnr,
+    read_image,
+)
 
 OURS = "linear interpreter"
 ERROR = "relative reconstruction error"
@@ -100,7 +110,7 @@ def classifier(run: Run, epochs: int, seed: int, k: int, *, draw: bool) -> None:
         gap = (votes.pixels - theirs).norm() / theirs.norm()
         record("captum, input x gradient", "relative difference to the votes", float(gap))
     if draw:
-        draw_votes(run, few)
+        run.figure(plot_votes(few), "Votes on digits", VOTES_CAPTION)
 
 
 def load_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -220,14 +230,6 @@ def train_upscaler(photographs: list[Tensor], steps: int, seed: int, width: int 
     return net
 
 
-def halved(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c _ _"]:
-    return F.interpolate(images, scale_factor=0.5, mode="bicubic", antialias=True, align_corners=False)
-
-
-def psnr(a: Tensor, b: Tensor) -> float:
-    return float(-10 * torch.log10((a - b).square().mean()))
-
-
 # Image to image ------------------------------------------------------------------------------------------------------
 
 
@@ -328,10 +330,6 @@ VOTES_CAPTION = (
 )
 
 
-def draw_votes(run: Run, scope: LinearInterpreter) -> None:
-    run.figure(plot_votes(scope), "Votes on digits", VOTES_CAPTION)
-
-
 def draw_bias_reliance(run: Run) -> None:
     names = {
         ("network", "accuracy"): "network",
@@ -346,9 +344,8 @@ def draw_bias_reliance(run: Run) -> None:
     axes.axvline(0.1, color="#888888", linestyle=":", linewidth=1)
     axes.invert_yaxis()
     axes.set(xlabel="accuracy on digits (dotted: chance)", xlim=(0, 1))
-    run.figure(
-        figure, "What the biases carry", "First seed. r holds all biases, gated by the units that the input opened."
-    )
+    caption = "First seed. r holds all biases, gated by the units that the input opened."
+    run.figure(figure, "What the biases carry", caption)
 
 
 def draw_filters(run: Run, scope: LinearInterpreter) -> None:
@@ -381,58 +378,66 @@ def draw_inpainting(run: Run, scope: LinearInterpreter, whole: Tensor) -> None:
 
 
 def full_study(run: Run) -> None:
-    """Published networks on the user's images, whichever of the three are there; then what the other scales train."""
+    """Published networks on the user's images, those that are there (the first is missed); then the default study."""
     studies: dict[str, Callable[[Run], None]] = {
-        "edsr": super_resolution,
+        **dict.fromkeys(("edsr", "rcan"), super_resolution),
         "imagenet": image_classifiers,
         "cyclegan": horses_and_zebras,
     }
     here = [name for name in studies if run.data_folder is not None and (run.data_folder / name).is_dir()]
-    for name in here or studies:  # without any, the first says what is missing
-        studies[name](run)
+    for study in dict.fromkeys(
+        studies[name] for name in here or studies
+    ):  # without any, the first says what is missing
+        study(run)
     carry_out(run)
 
 
-def super_resolution(run: Run, *, crop: int = 48, count: int = 64, width: int = 64, blocks: int = 16) -> None:
-    """EDSR x4 on the centres of Urban100; seeds choose the images, ten each.
+def super_resolution(
+    run: Run, *, crop: int = 48, count: int = 64, networks: dict[str, Callable[[], nn.Module]] | None = None
+) -> None:
+    """EDSR and RCAN x4 on the centres of Urban100; seeds choose the images, ten each.
 
-    Reads edsr/edsr_baseline_x4.safetensors (the published weights, with their names) and urban100/*.png.
+    Reads edsr/edsr_baseline_x4.safetensors and rcan/RCAN_BIX4.safetensors (the published weights, with their names;
+    one of them is enough) and urban100/*.png.
     """
-    path = run.data("edsr/edsr_baseline_x4.safetensors", "EDSR weights")
-    net = load_weights(EDSR(width, blocks), path, ignore=("sub_mean", "add_mean")).to(run.device)
-    files = images_in(run, "urban100", "the images of Urban100")
+    networks = networks or {"EDSR": published.EDSR, "RCAN": published.RCAN}
+    files = {"EDSR": "edsr/edsr_baseline_x4", "RCAN": "rcan/RCAN_BIX4"}
+    weights = there(run, {name: (f"{files[name]}.safetensors", f"{name} weights") for name in networks})
+    images = images_in(run, "urban100", "the images of Urban100")
     bicubic = nn.Upsample(scale_factor=4, mode="bicubic", align_corners=False)
-    for seed in run.track(run.seeds, "seeds"):
-        order = drawn(len(files), seed)
-        for i in run.track(order, "images"):
-            x = read_image(files[i], 4 * crop).to(run.device)
-            x = F.interpolate(x, scale_factor=0.25, mode="bicubic", antialias=True, align_corners=False)
-            scope = LinearInterpreter(net, x)
-            record_error(run, scope, seed, "EDSR")
-            generator = torch.Generator().manual_seed(seed)
-            ours, theirs = (s.svd(count, generator=generator) for s in (scope, LinearInterpreter(bicubic, x)))
-            spread = [float(support(grey(found.V[0])).median()) for found in (ours, theirs)]
-            run.record(OURS, f"{SUPPORT}, EDSR", spread[0] / spread[1], seed=seed, image=files[i].stem)
-            run.record(
-                OURS, "residual / output", float(scope.residual.norm() / scope.output.norm()), seed=seed, network="EDSR"
-            )
-            if seed == run.seeds[0] and i == order[0]:
-                draw_singular_images(run, grey(ours.V[0]), grey(theirs.V[0]), "Singular images, EDSR")
+    for name, path in weights.items():
+        net = published.load_weights(networks[name](), path, ignore=("sub_mean", "add_mean")).to(run.device)
+        for seed in run.track(run.seeds, f"seeds of {name}"):
+            order = drawn(len(images), seed)
+            for i in run.track(order, "images"):
+                x = read_image(images[i], 4 * crop).to(run.device)
+                x = F.interpolate(x, scale_factor=0.25, mode="bicubic", antialias=True, align_corners=False)
+                scope = LinearInterpreter(net, x)
+                record_error(run, scope, seed, name)
+                generator = torch.Generator().manual_seed(seed)
+                ours, theirs = (s.svd(count, generator=generator) for s in (scope, LinearInterpreter(bicubic, x)))
+                spread = [float(support(grey(found.V[0])).median()) for found in (ours, theirs)]
+                run.record(OURS, f"{SUPPORT}, {name}", spread[0] / spread[1], seed=seed, image=images[i].stem)
+                share = float(scope.residual.norm() / scope.output.norm())
+                run.record(OURS, "residual / output", share, seed=seed, network=name, image=images[i].stem)
+                if seed == run.seeds[0] and i == order[0]:
+                    draw_singular_images(run, grey(ours.V[0]), grey(theirs.V[0]), f"Singular images, {name}")
 
 
 def image_classifiers(
     run: Run, *, size: int = 224, short: int = 256, networks: dict[str, Callable[[], nn.Module]] | None = None
 ) -> None:
-    """VGG19 and ResNet152 on ImageNet's validation images; seeds choose them, fifty each.
+    """AlexNet, VGG19, ResNet152 and DenseNet121 on ImageNet's validation images; seeds choose them, fifty each.
 
-    Reads imagenet/vgg19.safetensors and imagenet/resnet152.safetensors (the published weights, with their names) and
-    imagenet/val/<class>/*.JPEG; classes are numbered by the names of their folders, in order.
+    Reads imagenet/<alexnet, vgg19, resnet152, densenet121>.safetensors (the published weights, with their names; one
+    of them is enough) and imagenet/val/<class>/*.JPEG; classes are numbered by the names of their folders, in order.
     """
     folder = run.data("imagenet/val", "ImageNet's validation images, a folder for each class")
     files, classes = labelled_images(folder)
-    for name, make in (networks or {"vgg19": VGG, "resnet152": ResNet}).items():
-        path = run.data(f"imagenet/{name}.safetensors", f"weights of {name}")
-        net = Standardised(load_weights(make(), path)).to(run.device).eval()
+    networks = networks or published.CLASSIFIERS
+    weights = there(run, {name: (f"imagenet/{name}.safetensors", f"weights of {name}") for name in networks})
+    for name, path in weights.items():
+        net = published.Standardised(published.load_weights(networks[name](), path)).to(run.device).eval()
         for seed in run.track(run.seeds, f"seeds of {name}"):
             order = drawn(len(files), seed, 50)
             for i in run.track(order, "images"):
@@ -460,7 +465,7 @@ def horses_and_zebras(run: Run, *, size: int = 256, width: int = 64, blocks: int
     """
     for side, other in ("AB", "BA"):
         path = run.data(f"cyclegan/{side}2{other}.safetensors", f"weights of the generator from {side} to {other}")
-        net = load_weights(CycleGenerator(width, blocks), path).to(run.device)
+        net = published.load_weights(published.CycleGenerator(width, blocks), path).to(run.device)
         files = images_in(run, f"cyclegan/test{side}", f"test images of side {side}")
         for seed in run.track(run.seeds, f"seeds, {side} to {other}"):
             generator = torch.Generator().manual_seed(seed)
@@ -477,20 +482,20 @@ def horses_and_zebras(run: Run, *, size: int = 256, width: int = 64, blocks: int
                 run.record(OURS, "distance that rows look at, CycleGAN", float(found.mean_distance.mean()), **setting)
 
 
+def there(run: Run, files: dict[str, tuple[str, str]]) -> dict[str, Path]:
+    """Those that the user's folder holds, of relative paths and what they are; without any, the first is missed."""
+    found = {}
+    for name, (relative, what) in files.items():
+        with suppress(MissingData):
+            found[name] = run.data(relative, what)
+    if not found:
+        run.data(*next(iter(files.values())))
+    return found
+
+
 def images_in(run: Run, relative: str, what: str) -> list[Path]:
     folder = run.data(relative, what)
     try:
         return image_files(folder)
     except ValueError as error:
         raise MissingData(f"{error}: this scale reads {what} there") from error
-
-
-def drawn(count: int, seed: int, most: int = 10) -> list[int]:
-    """So many indices, or all where there are fewer."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].tolist()
-
-
-def grey(images: Float[Tensor, "k 3 h w"]) -> Float[Tensor, "k h w"]:
-    """The channel with the most energy."""
-    channel = images.square().sum((2, 3)).argmax(1)
-    return images[torch.arange(len(images)), channel]

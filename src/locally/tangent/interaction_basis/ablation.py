@@ -21,6 +21,8 @@ Score = Callable[[Tensor, Tensor], float]
 
 
 class Metric(StrEnum):
+    """What an ablation curve measures; chosen by the caller."""
+
     ACCURACY = "accuracy"  # of the largest output, more is better
     CROSS_ENTROPY = "cross-entropy"  # in nats, less is better
 
@@ -50,7 +52,7 @@ class Ablation:
         x, y: inputs and labels, best not those of the fit.
         metric: "accuracy" or "cross-entropy" of the output; outputs at many positions count at the last.
         dtype: default that of the basis; float32 is twice as fast.
-        batch_size: examples at once.
+        batch_size: examples at once; what does not fit into the cache takes longer.
 
     Attributes:
         baseline: score without ablation.
@@ -74,7 +76,7 @@ class Ablation:
         metric: Metric | str = "accuracy",
         *,
         dtype: torch.dtype | None = None,
-        batch_size: int = 8192,
+        batch_size: int = 1024,
     ) -> None:
         basis._fitted()
         basis._check_data(x)
@@ -178,15 +180,21 @@ class Ablation:
         C_next, C_pinv = self.basis._next(l + 1), self.to(here.C_pinv)
         C_next = None if C_next is None else self.to(C_next)
         section = self.chain.sections[l]
-        factored = section.factor(features, self.chain.cuts[l].width)  # type: ignore[operator]
+        width = self.chain.cuts[l].width
+        factored = section.factor(features, width)  # type: ignore[operator]
+        attending = section.attend(features, width)  # type: ignore[operator]
+        compute: Callable[[Tensor, Tensor, Tensor], Tensor]
         if factored is not None:
             A, B = C_pinv @ factored.A, factored.B if C_next is None else factored.B @ C_next
             if factored.activation is None:  # every edge is a number
                 return features @ ((A @ B) * mask.T)
             compute = lambda part, seen, rows: factored.activation(part @ A[seen]) @ B[:, rows]
+        elif attending is not None:
+            turned = attending.turned(C_pinv, C_next)
+            compute = lambda part, seen, rows: turned.part(seen, rows)(part)
         else:
-            turned = lambda f, rows: f[..., rows] if C_next is None else f @ C_next[:, rows]
-            compute = lambda part, seen, rows: turned(section(part @ C_pinv[seen]), rows)
+            last = lambda f, rows: f[..., rows] if C_next is None else f @ C_next[:, rows]
+            compute = lambda part, seen, rows: last(section(part @ C_pinv[seen]), rows)
         patterns, which = mask.unique(dim=0, return_inverse=True)
         columns: dict[int, Tensor] = {}
         for p, pattern in enumerate(patterns):

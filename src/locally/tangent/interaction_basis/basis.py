@@ -34,9 +34,11 @@ Progress = Callable[[float, str], None]
 
 
 class Basis(StrEnum):
-    LIB = "lib"
-    PCA = "pca"
-    NEURON = "neuron"
+    """Which features stand at the cuts; chosen by the caller."""
+
+    LIB = "lib"  # the local interaction basis, by the Jacobian to the next cut
+    PCA = "pca"  # principal components of the activations
+    NEURON = "neuron"  # the activations themselves
     NGF = "ngf"  # naive gradient flow: like lib, but by the Jacobian to the output instead of to the next cut
 
 
@@ -67,6 +69,7 @@ class LayerBasis:
 
     @property
     def features(self) -> int:
+        """k, the number of features at this cut."""
         return self.C.shape[1]
 
 
@@ -109,7 +112,8 @@ class LocalInteractionBasis:
         ValueError, TypeError: an argument is out of range.
 
     Cost: two passes for the moments; then for each cut O(N h^2) if the section to the next has a single layer of h
-    activations, otherwise N backward passes for each feature of the next cut; and an eigendecomposition, O(width^3).
+    activations, N Jacobians by formula if it has a single attention, otherwise N backward passes for each feature of
+    the next cut; and an eigendecomposition, O(width^3).
 
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> x = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.func import vjp
 from torch.nn import functional as F
 
+from locally.tangent.interaction_basis.attending import Attending
 from locally.tangent.interaction_basis.transformer import CausalSelfAttention, LastPosition, Residual
 
 M = TypeVar("M", bound=nn.Module)
@@ -183,13 +184,38 @@ class Section(nn.Sequential):
         if Kind.GENERAL in kinds or kinds.count(Kind.ELEMENTWISE) > 1:
             return None
         at = kinds.index(Kind.ELEMENTWISE) if Kind.ELEMENTWISE in kinds else len(kinds)
-        A = torch.eye(width, dtype=like.dtype, device=like.device)
-        for layer in layers[:at]:
-            A = layer(A)
-        B = torch.eye(A.shape[1], dtype=like.dtype, device=like.device)
-        for layer in layers[at + 1 :]:
-            B = layer(B)
-        return Factored(A, layers[at] if at < len(kinds) else None, B)
+        A = product(layers[:at], width, like)
+        return Factored(A, layers[at] if at < len(kinds) else None, product(layers[at + 1 :], A.shape[1], like))
+
+    def attend(self, like: Float[Tensor, "..."], width: int) -> Attending | None:
+        """The section in closed form, where beside one attention it only has linear layers."""
+        layers = list(self)
+        at = next((i for i, layer in enumerate(layers) if isinstance(innermost(layer), Mix)), None)
+        if at is None:
+            return None
+        behind = [layer for layer in layers[at + 1 :] if not isinstance(layer, TakeLast)]
+        if any(layer.kind is not Kind.LINEAR for layer in (*layers[:at], *behind)):
+            return None
+        mix = innermost(layers[at])
+        assert isinstance(mix, Mix)
+        A = product(layers[:at], width, like)
+        inside = mix.heads * mix.head_width
+        beside = A.shape[1] - 3 * inside - 1
+        B = product(behind, beside + inside + 1, like)
+        return Attending.of(A, B, beside, mix.heads, last=len(behind) < len(layers) - at - 1)
+
+
+def product(layers: Sequence[nn.Module], width: int, like: Tensor) -> Float[Tensor, "width outputs"]:
+    """The matrix of linear layers."""
+    matrix = torch.eye(width, dtype=like.dtype, device=like.device)
+    for layer in layers:
+        matrix = layer(matrix)
+    return matrix
+
+
+def innermost(layer: nn.Module) -> nn.Module:
+    """What works, behind coordinates that pass."""
+    return innermost(layer.layer) if isinstance(layer, Beside) else layer
 
 
 @dataclass(frozen=True)
@@ -225,6 +251,7 @@ class FoldedChain(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights."""
         return next(p.dtype for p in self.parameters())
 
     def start(self, x: Float[Tensor, "n ..."] | Tensor) -> Float[Tensor, "n ... width"]:

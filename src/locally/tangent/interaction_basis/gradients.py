@@ -7,8 +7,9 @@ section at alpha f(x), averaged over alpha by a rule of quadrature (one point at
     E_ij   = E_x [ sum_t ( sum_s Jhat_{ti,sj} fhat_sj )^2 ] / positions,  Jhat = J C+^T at alpha fhat C+
 
 A section f -> act(f A) B has J = C'^T B^T diag(m) A^T with the slopes m of the activation, so that
-M' = A ((B C' C'^T B^T) o E[m m^T]) A^T: one product of slopes instead of a backward pass for every output. Every other
-section goes through `Linearization`. Source: arXiv 2405.10928, equations of sections 2 and 3.
+M' = A ((B C' C'^T B^T) o E[m m^T]) A^T: one product of slopes instead of a backward pass for every output. A section
+with one attention has a closed form of its own (`attending`). Every other section goes through `Linearization`.
+Source: arXiv 2405.10928, equations of sections 2 and 3.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from locally.checks import check_choice, check_count
+from locally.tangent.interaction_basis.attending import Attending
 from locally.tangent.interaction_basis.folding import Factored, Section
 from locally.tangent.linearization import Linearization
 
@@ -45,7 +47,9 @@ class Formula(StrEnum):
 
 
 class EdgeFormula(StrEnum):
-    SQUARED = "squared"
+    """What an edge averages; chosen by the caller of `edges`."""
+
+    SQUARED = "squared"  # squares of Jacobian times feature: the paper's, never negative
     FUNCTIONAL = "functional"  # gradient of -(fhat'_i(f) - fhat'_i(alpha f))^2 times fhat_j
 
 
@@ -127,18 +131,25 @@ def mean_squared_jacobian(
 ) -> Float[Tensor, "a a"]:
     """M' of a section, in float64. C_next is None for the identity.
 
-    O(N h^2) for a section with one layer of h activations; otherwise one backward pass for each output and point.
+    O(N h^2) for a section with one layer of h activations; with one attention the products of the Jacobians, which no
+    backward passes come before; otherwise one backward pass for each output and point.
     """
     first = next(iter(batches()))
     factored = section.factor(first, first.shape[-1]) if sources is None else None
     if factored is not None:
         return factored_squared_jacobian(factored, batches, C_next, rule)
+    attending = section.attend(first, first.shape[-1]) if sources is None else None
     function = nn.Sequential(section, *([] if C_next is None else [Turn(C_next)]))
     total = torch.zeros(first.shape[-1], first.shape[-1], dtype=torch.float64, device=first.device)
     count = 0
     for f in batches():
         count += len(f) * positions(f)
-        rows = jacobian_rows(function, f, rule, memory) if sources is None else drawn_rows(function, f, rule, sources)
+        if sources is not None:
+            rows = drawn_rows(function, f, rule, sources)
+        elif attending is not None:
+            rows = attending.turned(None, C_next).jacobian_blocks(f, rule, memory)
+        else:
+            rows = jacobian_rows(function, f, rule, memory)
         for block in rows:
             flat = block.reshape(-1, block.shape[-1]).double()
             total += flat.T @ flat
@@ -233,6 +244,9 @@ def interaction_edges(
     factored = section.factor(first, first.shape[-1])
     if factored is not None and formula is EdgeFormula.SQUARED:
         return factored_edges(factored, batches, C, C_pinv, C_next, rule, memory)
+    attending = section.attend(first, first.shape[-1])
+    if attending is not None and formula is EdgeFormula.SQUARED:
+        return attention_edges(attending.turned(C_pinv, C_next), batches, C, rule, memory)
     function = nn.Sequential(Turn(C_pinv), section, *([] if C_next is None else [Turn(C_next)]))
     total: Tensor | float = 0.0
     count = 0
@@ -286,3 +300,15 @@ def factored_edges(
     if section.activation is None:
         total = (A @ B).T.double().square() * squares
     return total / count
+
+
+def attention_edges(
+    section: Attending, batches: Batches, C: Float[Tensor, "a k"], rule: Rule, memory: int
+) -> Float[Tensor, "k_next k"]:
+    total: Tensor | float = 0.0
+    count = 0
+    for f in batches():
+        count += len(f) * positions(f)
+        for block in section.influences(f @ C, rule, memory):
+            total = total + block.square_().sum((0, 1)).double()
+    return total / count  # type: ignore[return-value]

@@ -62,6 +62,7 @@ class CausalSelfAttention(nn.Module):
         k: Float[Tensor, "n positions heads d"],
         v: Float[Tensor, "n positions heads d"],
     ) -> Float[Tensor, "n positions heads_d"]:
+        """Values averaged by softmax(q . k / sqrt(d)) over present and past positions, heads side by side."""
         positions = q.shape[1]
         scores = torch.einsum("nthd,nshd->nhts", q, k) / math.sqrt(q.shape[-1])
         future = torch.ones(positions, positions, dtype=torch.bool, device=q.device).triu(1)

@@ -22,12 +22,16 @@ OVERSAMPLING = 10
 
 
 class Method(StrEnum):
-    KRYLOV = "krylov"
-    RANDOMIZED = "randomized"
-    DENSE = "dense"
+    """How singular images are found; chosen by the caller."""
+
+    KRYLOV = "krylov"  # block Krylov space of F F^T, from random images
+    RANDOMIZED = "randomized"  # subspace iteration
+    DENSE = "dense"  # F in full, then LAPACK: exact
 
 
 class Status(StrEnum):
+    """Whether all residuals met the tolerance; read from `SVD.status`."""
+
     CONVERGED = "converged"
     STEP_LIMIT = "step limit"
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -86,3 +87,22 @@ def load_photographs() -> list[Float[Tensor, "1 h w"]]:
     from sklearn.datasets import load_sample_images
 
     return [torch.as_tensor(i / 255, dtype=torch.float32).mean(2)[None] for i in load_sample_images().images]
+
+
+def halved(images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c _ _"]:
+    return F.interpolate(images, scale_factor=0.5, mode="bicubic", antialias=True, align_corners=False)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    return float(-10 * torch.log10((a - b).square().mean()))
+
+
+def grey(images: Float[Tensor, "k 3 h w"]) -> Float[Tensor, "k h w"]:
+    """The channel with the most energy."""
+    channel = images.square().sum((2, 3)).argmax(1)
+    return images[torch.arange(len(images)), channel]
+
+
+def drawn(count: int, seed: int, most: int = 10) -> list[int]:
+    """So many indices, or all where there are fewer."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].tolist()

@@ -1,11 +1,14 @@
 """Networks whose published weights people have, with the parameter names of those weights.
 
-Classifiers of ImageNet (VGG, ResNet), super-resolution (EDSR), image to image (CycleGAN). Weights are read from
-safetensors files; a file that was written with pickle is to be converted by whoever trusts it.
+Classifiers of ImageNet (AlexNet, VGG, ResNet, DenseNet), super-resolution (EDSR, RCAN), image to image (CycleGAN).
+Weights are read from safetensors files; a file that was written with pickle is to be converted by whoever trusts it.
 """
 
-from collections.abc import Iterator, Sequence
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +52,31 @@ class Standardised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body((x - self.mean) * self.scale)
+
+
+class AlexNet(nn.Module):
+    """Krizhevsky, arXiv 1404.5997, as its published weights have it: one column, no response normalisation."""
+
+    def __init__(
+        self, widths: Sequence[int] = (64, 192, 384, 256, 256), *, hidden: int = 4096, classes: int = 1000
+    ) -> None:
+        super().__init__()
+        a, b, c, d, e = widths
+        self.features = nn.Sequential(
+            *(nn.Conv2d(3, a, 11, 4, 2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(a, b, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)),
+            *(nn.Conv2d(b, c, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(c, d, 3, padding=1), nn.ReLU()),
+            *(nn.Conv2d(d, e, 3, padding=1), nn.ReLU(), nn.MaxPool2d(3, 2)),
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d(6)
+        self.classifier = nn.Sequential(
+            nn.Dropout(), nn.Linear(36 * e, hidden), nn.ReLU(), nn.Dropout(), nn.Linear(hidden, hidden), nn.ReLU(),
+            nn.Linear(hidden, classes),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
 
 
 VGG19 = (2, 2, 4, 4, 4)
@@ -128,6 +156,81 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
+class DenseLayer(nn.Module):
+    """All features so far, through 1 x 1 and 3 x 3 convolutions behind their norms, to `growth` more."""
+
+    def __init__(self, entry: int, growth: int, bottleneck: int) -> None:
+        super().__init__()
+        self.norm1, self.relu1 = nn.BatchNorm2d(entry), nn.ReLU()
+        self.conv1 = nn.Conv2d(entry, bottleneck, 1, bias=False)
+        self.norm2, self.relu2 = nn.BatchNorm2d(bottleneck), nn.ReLU()
+        self.conv2 = nn.Conv2d(bottleneck, growth, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(self.relu1(self.norm1(x)))
+        return torch.cat([x, self.conv2(self.relu2(self.norm2(h)))], 1)
+
+
+DENSENET121, DENSENET169, DENSENET201 = (6, 12, 24, 16), (6, 12, 32, 32), (6, 12, 48, 32)
+
+
+class DenseNet(nn.Module):
+    """Huang et al., arXiv 1608.06993: `depths` layers in each block, each layer adding `growth` channels.
+
+    DenseNet161 has depths (6, 12, 36, 24), growth 48 and width 96. A transition between blocks halves the channels.
+    """
+
+    def __init__(
+        self, depths: Sequence[int] = DENSENET121, *, growth: int = 32, width: int = 64, classes: int = 1000
+    ) -> None:
+        super().__init__()
+        parts: OrderedDict[str, nn.Module] = OrderedDict(
+            conv0=nn.Conv2d(3, width, 7, 2, 3, bias=False),
+            norm0=nn.BatchNorm2d(width),
+            relu0=nn.ReLU(),
+            pool0=nn.MaxPool2d(3, 2, 1),
+        )
+        for block, depth in enumerate(depths, start=1):
+            layers = (DenseLayer(width + i * growth, growth, 4 * growth) for i in range(depth))
+            parts[f"denseblock{block}"] = nn.Sequential(
+                OrderedDict((f"denselayer{i}", layer) for i, layer in enumerate(layers, start=1))
+            )
+            width += depth * growth
+            if block < len(depths):
+                parts[f"transition{block}"] = transition(width)
+                width //= 2
+        parts[f"norm{len(depths) + 1}"] = nn.BatchNorm2d(width)
+        self.features = nn.Sequential(parts)
+        self.relu, self.avgpool, self.classifier = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Linear(width, classes)
+        self.register_load_state_dict_pre_hook(current_names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(torch.flatten(self.avgpool(self.relu(self.features(x))), 1))
+
+
+def transition(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        OrderedDict(
+            norm=nn.BatchNorm2d(width),
+            relu=nn.ReLU(),
+            conv=nn.Conv2d(width, width // 2, 1, bias=False),
+            pool=nn.AvgPool2d(2),
+        )
+    )
+
+
+def current_names(_net: nn.Module, state: dict[str, Tensor], *_: Any) -> None:
+    """Published files write norm.1 and conv.2 in dense layers, which was allowed for names of modules once."""
+    for name in list(state):
+        current = re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.(\d\.)", r"\1\2", name)
+        state[current] = state.pop(name)
+
+
+CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
+    "alexnet": AlexNet, "vgg19": VGG, "resnet152": ResNet, "densenet121": DenseNet
+}  # fmt: skip
+
+
 # Image to image ------------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +261,61 @@ class EDSRBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
+
+
+class RCAN(nn.Module):
+    """Zhang et al., arXiv 1807.02758, for x4, on pixels in [0, 1]: `groups` of `blocks` with attention to channels."""
+
+    def __init__(self, width: int = 64, groups: int = 10, blocks: int = 20, *, reduction: int = 16) -> None:
+        super().__init__()
+        conv = lambda a, b: nn.Conv2d(a, b, 3, padding=1)
+        self.mean: Tensor
+        self.register_buffer("mean", 255 * torch.tensor([0.4488, 0.4371, 0.4040])[:, None, None], persistent=False)
+        self.head = nn.Sequential(conv(3, width))
+        self.body = nn.Sequential(*(RCANGroup(width, blocks, reduction) for _ in range(groups)), conv(width, width))
+        up = [m for _ in range(2) for m in (conv(width, 4 * width), nn.PixelShuffle(2))]
+        self.tail = nn.Sequential(nn.Sequential(*up), conv(width, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(255 * x - self.mean)
+        return (self.tail(x + self.body(x)) + self.mean) / 255
+
+
+class RCANGroup(nn.Module):
+    def __init__(self, width: int, blocks: int, reduction: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            *(RCANBlock(width, reduction) for _ in range(blocks)), nn.Conv2d(width, width, 3, padding=1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class RCANBlock(nn.Module):
+    def __init__(self, width: int, reduction: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
+            ChannelAttention(width, reduction),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class ChannelAttention(nn.Module):
+    """Every channel times a gate that the means of all channels open."""
+
+    def __init__(self, width: int, reduction: int) -> None:
+        super().__init__()
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.conv_du = nn.Sequential(
+            nn.Conv2d(width, width // reduction, 1), nn.ReLU(), nn.Conv2d(width // reduction, width, 1), nn.Sigmoid()
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.conv_du(self.avg_pool(x))
 
 
 class CycleGenerator(nn.Module):

@@ -31,8 +31,10 @@ DENSE_EIGENVALUES = 512  # below this many unknowns the whole spectrum costs les
 
 
 class Mode(StrEnum):
-    SECANT = "secant"
-    TANGENT = "tangent"
+    """Which linear map stands for the network at x; chosen by the caller."""
+
+    SECANT = "secant"  # every nonlinear unit by a linear one with the same effect on x
+    TANGENT = "tangent"  # the Jacobian
 
 
 class LinearInterpreter:

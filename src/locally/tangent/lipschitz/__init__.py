@@ -6,8 +6,8 @@ Lipschitz Constants of Neural Networks via Bound Propagation, NeurIPS 2022, arXi
 
 `LocalLipschitz` bounds the constant, `jacobian_bounds` and `jvp_bounds` the entries and directional derivatives behind
 it, `monotonicity` and `robust_radius` say what follows. Models are torch modules (dense, convolutional, pooled,
-residual, normalised by batch, layer, root mean square, group or instance; ReLU, leaky ReLU, tanh, sigmoid, GELU,
-softplus) or files read by `read_onnx`.
+residual, normalised by batch, layer, root mean square, group or instance, the second and third also written out as
+powers, means and roots; ReLU, leaky ReLU, tanh, sigmoid, GELU, softplus) or files read by `read_onnx`.
 """
 
 from locally.tangent.lipschitz.branching import Score, Status

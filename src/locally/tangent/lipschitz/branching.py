@@ -31,13 +31,15 @@ from locally.tangent.lipschitz.propagation import Box, Forward, ForwardBounds, S
 
 
 class Status(StrEnum):
+    """Why the work on one box ended; the bound holds in every case."""
+
     BOUNDED = "bounded"  # without branching
     CONVERGED = "converged"  # upper and attained value agree
-    EXHAUSTED = "nothing left to split"
-    TIME_LIMIT = "time limit"
-    DOMAIN_LIMIT = "domain limit"
-    INTERRUPTED = "interrupted"
-    SOLVER_LIMIT = "the solver stopped early"
+    EXHAUSTED = "nothing left to split"  # the bound is as good as branching can make it
+    TIME_LIMIT = "time limit"  # `timeout`
+    DOMAIN_LIMIT = "domain limit"  # `max_domains`
+    INTERRUPTED = "interrupted"  # by the callback or from the keyboard
+    SOLVER_LIMIT = "the solver stopped early"  # of the mixed-integer solver, method "exact"
 
 
 class Score(StrEnum):

@@ -120,6 +120,7 @@ class MonotonicityTable:
 
     @property
     def decreasing(self) -> Bool[Tensor, "instances features"]:
+        """Proven: the target does not rise as the feature rises."""
         return self.upper <= 0
 
     @property

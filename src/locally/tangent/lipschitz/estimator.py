@@ -25,12 +25,14 @@ from locally.tangent.lipschitz.relaxations import Relaxation
 
 
 class Method(StrEnum):
-    BOUND = "bound"
-    BAB = "bab"
-    RECURJAC = "recurjac"
-    INTERVAL = "interval"
-    GLOBAL = "global"
-    EXACT = "exact"
+    """How the bound is found; chosen by the caller. See `LocalLipschitz`."""
+
+    BOUND = "bound"  # linear bounds forward and backward, one pass
+    BAB = "bab"  # the same, then branch and bound
+    RECURJAC = "recurjac"  # Zhang et al. (2019), to compare with
+    INTERVAL = "interval"  # interval arithmetic on the backward pass
+    GLOBAL = "global"  # product of layer norms, without the box
+    EXACT = "exact"  # mixed-integer programme, for small ReLU networks
 
 
 RELAXATIONS = {Method.RECURJAC: Relaxation.RECURJAC, Method.INTERVAL: Relaxation.INTERVAL}

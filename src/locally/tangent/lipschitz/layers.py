@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +36,8 @@ from locally.tangent.lipschitz.operations import (
     normalisation,
     window_indices,
 )
+
+TINY = 1e-290  # what squares lose when they underflow is far below an ulp of this, for any number of entries
 
 
 class Builder:
@@ -88,13 +91,17 @@ class Builder:
         shape, over = self.nodes[x].shape, tuple(over)
         if not over or shape[-len(over) :] != over:
             raise ValueError(f"model: {path} does not take an input of shape {shape}: it normalises {over}")
-        if eps <= 0:
-            raise ValueError(f"model: {path} has eps {eps:g}: its slope has no bound where the input is constant")
+        check_eps(eps, path)
         if centred:
             x = self.affine(Centring(len(over), shape), x, path)
-        op = Normalisation(len(over), eps, centred, "LayerNorm" if centred else "RMSNorm")
-        x = self._append(Node(op, (x,), shape, path))
+        x = self.divide_by_spread(x, len(over), eps, centred, path)
         return x if weight is None and bias is None else self.affine(Diagonal(weight, bias), x, path)
+
+    def divide_by_spread(self, c: int, dims: int, eps: float, centred: bool, path: str) -> int:
+        """c / sqrt(mean(c^2) + eps) over the last `dims` dimensions; `centred` says that c sums to 0 there."""
+        check_eps(eps, path)
+        op = Normalisation(dims, eps, centred, "LayerNorm" if centred else "RMSNorm")
+        return self._append(Node(op, (c,), self.nodes[c].shape, path))
 
     def activation(self, op: Activation, x: int, path: str) -> int:
         return self._append(Node(op, (x,), self.nodes[x].shape, path))
@@ -117,11 +124,28 @@ class Builder:
         out = self.reshape(out, (self.nodes[out].size,), "output")
         if out == 0:
             out = self.affine(Diagonal(None, None), out, "output")
-        return Network(self.nodes[: out + 1])
+        return Network(reachable(self.nodes, out))
 
     def _append(self, node: Node) -> int:
         self.nodes.append(node)
         return len(self.nodes) - 1
+
+
+def reachable(nodes: list[Node], out: int) -> list[Node]:
+    """The input, and what the output is computed from, numbered anew."""
+    used = {0, out}
+    for v in range(out, 0, -1):
+        if v in used:
+            used.update(nodes[v].inputs)
+    number = {v: i for i, v in enumerate(sorted(used))}
+    return [replace(nodes[v], inputs=tuple(number[u] for u in nodes[v].inputs)) for v in number]
+
+
+def check_eps(eps: float, path: str) -> None:
+    if eps <= 0:
+        raise ValueError(f"model: {path} has eps {eps:g}: its slope has no bound where the input is constant")
+    if eps < TINY:
+        raise ValueError(f"model: {path} has eps {eps:g}, below {TINY:g}: rounding of smaller squares has no bound")
 
 
 def add_layer(b: Builder, part: nn.Module, x: int, path: str) -> int:

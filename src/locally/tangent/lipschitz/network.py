@@ -61,10 +61,12 @@ class Network:
 
     @property
     def widest(self) -> int:
+        """Entries of the largest node."""
         return max(node.size for node in self.nodes)
 
     @property
     def outputs(self) -> int:
+        """Entries of the output."""
         return self.nodes[-1].size
 
     @cached_property

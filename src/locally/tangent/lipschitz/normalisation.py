@@ -146,7 +146,7 @@ class Enclosure:
             (chords.upper_slope, zero, chords.upper_intercept),
             (zero, zero, self.values[1]),
         ]
-        centre = (self.l + self.u) / 2
+        centre = self.l / 2 + self.u / 2  # whose sum may be too large for a float
         # finite, so that 0 times it is 0: where squares overflow, the coupled lines are not taken
         direction = coupled.direction.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         along = self.op.sum(direction * centre).nan_to_num()

@@ -117,8 +117,10 @@ def projection(
 
 def length(op: Normalisation, gl: Tensor, gu: Tensor) -> Tensor:
     """|g| in the l_2 norm, per group, from above."""
-    d = op.count(tuple(gl.shape))
-    return op.sum(magnitude(gl, gu).square()).sqrt() * (1 + (d + 8) * EPS)
+    d, size = op.count(tuple(gl.shape)), magnitude(gl, gu)
+    unit = size.amax(op.axes, keepdim=True)  # whose square may be too small or too large for a float
+    unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+    return op.sum((size / unit).square()).sqrt() * unit * (1 + (d + 8) * EPS)
 
 
 def normalised_product(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from locally.checks import check_finite
 from locally.tangent.lipschitz.activations import Activation, gelu, gelu_tanh, leaky_relu, relu, sigmoid, softplus, tanh
+from locally.tangent.lipschitz.by_hand import ByHand, Part, Ref, Spread, Squared, unknown
 from locally.tangent.lipschitz.layers import Builder, add_max_pool
 from locally.tangent.lipschitz.network import Network
 from locally.tangent.lipschitz.operations import Convolution, Dense, Diagonal, normalisation
@@ -40,15 +41,20 @@ def read_onnx(path: str | Path, device: torch.device | str = "cpu") -> Network:
     return Graph(model.graph, torch.device(device)).network()
 
 
+Value = int | Tensor | Squared | Spread
+WIDE = (1, 11)  # single and double precision, in ONNX's numbering
+ROOTS = {"Sqrt": 0.5, "Reciprocal": -1.0}
+
+
 class Graph:
-    """One ONNX graph on its way into nodes; `values` maps names to node indices or constant tensors."""
+    """One ONNX graph on its way into nodes; `values` maps names to node indices, constants and unfinished squares."""
 
     def __init__(self, graph: Any, device: torch.device) -> None:
         from onnx import numpy_helper
 
         self.graph, self.device = graph, device
         self.to_array = numpy_helper.to_array
-        self.values: dict[str, int | Tensor] = {t.name: self._tensor(t) for t in graph.initializer}
+        self.values: dict[str, Value] = {t.name: self._tensor(t) for t in graph.initializer}
         inputs = [i for i in graph.input if i.name not in self.values]
         if len(inputs) != 1 or len(graph.output) != 1:
             raise ValueError(
@@ -58,6 +64,7 @@ class Graph:
         if len(sizes) < 2 or not all(sizes[1:]):
             raise ValueError(f"path: input {inputs[0].name} must have fixed sizes after the batch, got {sizes}")
         self.builder = Builder(tuple(sizes[1:]), device)
+        self.by_hand = ByHand(self.builder)
         self.values[inputs[0].name] = 0
 
     def network(self) -> Network:
@@ -70,6 +77,8 @@ class Graph:
             except RuntimeError as error:
                 raise ValueError(f"path: {where} does not fit its input: {error}") from error
         out = self.values[self.graph.output[0].name]
+        if isinstance(out, Squared | Spread):
+            raise unknown(out.where)
         if not isinstance(out, int):
             raise ValueError("path: the output does not depend on the input")
         return self.builder.finish(out)
@@ -89,7 +98,7 @@ class Graph:
             return self._tensor(value)
         return value.decode() if isinstance(value, bytes) else value
 
-    def _node(self, kind: str, operands: list[Any], at: dict[str, Any], where: str) -> int | Tensor:
+    def _node(self, kind: str, operands: list[Any], at: dict[str, Any], where: str) -> Value:
         b = self.builder
         if kind == "Constant":
             return at["value"]
@@ -100,7 +109,9 @@ class Graph:
             if not all(isinstance(o, int) for o in operands):
                 raise ValueError(f"path: {where} joins constants, which is not supported")
             return b.concatenate(operands, at["axis"], where)
-        if not isinstance(x, int) or any(isinstance(o, int) for o in operands[1:]):
+        if kind in ("Pow", "Sqrt", "Reciprocal") or isinstance(x, Squared | Spread):
+            return self._by_hand(kind, x, operands, at, where)
+        if not isinstance(x, int) or any(isinstance(o, int | Squared | Spread) for o in operands[1:]):
             raise ValueError(f"path: {where} is not supported: it must act on one value that depends on the input")
         activations: dict[str, Callable[[], Activation]] = {
             "Relu": relu,
@@ -113,7 +124,7 @@ class Graph:
             return b.activation(activations[kind](), x, where)
         if kind == "Gelu":
             return b.activation(gelu_tanh() if at.get("approximate", "none") == "tanh" else gelu(), x, where)
-        if kind in ("Identity", "Dropout"):
+        if kind in ("Identity", "Dropout") or (kind == "Cast" and at["to"] in WIDE):
             return x
         if kind == "Neg":
             return b.affine(Diagonal(b.like.new_tensor(-1.0), None), x, where)
@@ -141,10 +152,27 @@ class Graph:
             shape[first:], at.get("epsilon", 1e-5), operands[1], bias, x, where, centred=centred
         )
 
-    def _arithmetic(self, kind: str, left: Any, right: Any, where: str) -> int | Tensor:
+    def _by_hand(self, kind: str, x: Any, operands: list[Any], at: dict[str, Any], where: str) -> Value:
+        """Squares and what becomes of them."""
+        if isinstance(x, Tensor):
+            return x.pow(ROOTS[kind] if kind in ROOTS else operands[1])
+        if kind == "Cast" and at["to"] in WIDE:
+            return x
+        if kind in ("ReduceMean", "ReduceSum") and isinstance(x, Squared):
+            keep = bool(at.get("keepdims", 1))
+            return self.by_hand.reduce(x, reduced(operands, at), keep, total=kind == "ReduceSum", where=where)
+        if kind == "Pow" or kind in ROOTS:
+            part: Part = Ref(x) if isinstance(x, int) else x
+            return unwrapped(self.by_hand.power(part, ROOTS[kind] if kind in ROOTS else operands[1], where))
+        raise unknown(where)
+
+    def _arithmetic(self, kind: str, left: Any, right: Any, where: str) -> Value:
         b = self.builder
         if isinstance(left, Tensor) and isinstance(right, Tensor):
             return getattr(torch, kind.lower())(left, right)
+        one, other = (Ref(a) if isinstance(a, int) else a for a in (left, right))
+        if (found := self.by_hand.arithmetic(kind.lower(), one, other, where)) is not None:
+            return unwrapped(found)
         if isinstance(left, int) and isinstance(right, int):
             if kind not in ("Add", "Sub") or b.nodes[left].shape != b.nodes[right].shape:
                 raise ValueError(f"path: {where} of two values that depend on the input is not supported")
@@ -234,9 +262,10 @@ class Graph:
             order = at["perm"]
             return b.rearrange(lambda v: v.permute(*order), x, where)
         if kind == "ReduceMean":
-            axes = [int(a) for a in (operands[1] if len(operands) > 1 else at["axes"])]
-            keep = bool(at.get("keepdims", 1))
-            return b.rearrange(lambda v: v.mean(axes, keepdim=keep), x, where)
+            over, keep = reduced(operands, at), bool(at.get("keepdims", 1))
+            mean = b.rearrange(lambda v: v.mean(over, keepdim=keep), x, where)
+            self.by_hand.note_mean(mean, x, over, keep)
+            return mean
         if kind == "GlobalAveragePool":
             axes = list(range(2, len(shape) + 1))
             return b.rearrange(lambda v: v.mean(axes, keepdim=True), x, where)
@@ -259,3 +288,13 @@ class Graph:
             raise ValueError(f"path: {where} is dilated, which is not supported")
         pool = nn.AvgPool2d(kernel, stride, padding, ceil, bool(at.get("count_include_pad", 0)))
         return self.builder.rearrange(pool, x, where)
+
+
+def reduced(operands: list[Any], at: dict[str, Any]) -> list[int]:
+    """Axes of a reduction, which newer files give as an input; without any, all but the batch would be left."""
+    given = operands[1] if len(operands) > 1 and operands[1] is not None else at.get("axes", [0])
+    return [int(a) for a in given]
+
+
+def unwrapped(part: Part) -> int | Squared | Spread:
+    return part.index if isinstance(part, Ref) else part

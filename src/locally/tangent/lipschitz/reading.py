@@ -6,7 +6,6 @@ whatever the tracer did not see (state, randomness, changes in place) is refused
 
 import copy
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from locally.tangent.lipschitz.activations import (
     softplus,
     tanh,
 )
+from locally.tangent.lipschitz.by_hand import ByHand, Ref, Spread, Squared, unknown
 from locally.tangent.lipschitz.layers import Builder, add_layer, add_max_pool
 from locally.tangent.lipschitz.network import Network
 from locally.tangent.lipschitz.operations import (
@@ -137,7 +137,9 @@ class Reader:
         self.module, self.graph = module, graph
         self.parts = dict(module.named_modules())
         self.builder = Builder(shape, device)
-        self.seen: dict[fx.Node, Any] = {}  # node index (wrapped), or a plain value such as a size or a parameter
+        self.by_hand = ByHand(self.builder)
+        # a node's index (wrapped), a square on its way into a normalisation, or a plain value: a size, a parameter
+        self.seen: dict[fx.Node, Any] = {}
 
     def network(self) -> Network:
         inputs = 0
@@ -159,6 +161,8 @@ class Reader:
                     self.seen[node] = self._function(node)
                 case "output":
                     out = self._value(node.args[0])
+                    if isinstance(out, Squared | Spread):
+                        raise unknown(out.where)
                     if not isinstance(out, Ref):
                         raise ValueError("model: must return one tensor that depends on its input")
                     return self.builder.finish(out.index)
@@ -180,7 +184,7 @@ class Reader:
         args, kwargs = self._value(node.args), dict(self._value(node.kwargs))
         kwargs.pop("inplace", None)
         where = f"{name} (in {self._owner(node)})"
-        refs = [a for a in args if isinstance(a, Ref)]
+        refs = [a for a in args if isinstance(a, DEPENDENT)]
         if name in ("add", "iadd", "sub", "isub", "mul", "imul", "truediv", "div", "neg"):
             return self._arithmetic(name.removeprefix("i"), args, where)
         if name in ("cat", "concat"):
@@ -188,8 +192,12 @@ class Reader:
         if not refs:
             return self._plain(node, args, kwargs, where)
         x, rest = args[0], args[1:]
-        if not isinstance(x, Ref) or len(refs) > 1:
+        if name in CASTS and isinstance(x, DEPENDENT) and is_cast(name, rest, kwargs):
+            return x
+        if not isinstance(x, DEPENDENT) or len(refs) > 1:
             raise ValueError(f"model: {where} is not supported: it does not act on one tensor alone")
+        if name in POWERS or isinstance(x, Squared | Spread):
+            return self._by_hand(name, x, rest, kwargs, where)
         shape = self.builder.nodes[x.index].shape
         if name in ("size", "getattr", "shape", "dim"):
             return self._plain(node, (torch.empty(1, *shape), *rest), kwargs, where)
@@ -211,8 +219,26 @@ class Reader:
             if name == "pad" and (kwargs.get("value") or (len(rest) > 2 and rest[2])):
                 raise ValueError(f"model: {where} pads with a value other than 0, which is not supported")
             call = getattr(Tensor, str(node.target)) if node.op == "call_method" else node.target
-            return Ref(self.builder.rearrange(lambda v: call(v, *rest, **kwargs), x.index, where))  # type: ignore[operator]
+            out = self.builder.rearrange(lambda v: call(v, *rest, **kwargs), x.index, where)  # type: ignore[operator]
+            if name == "mean":
+                self.by_hand.note_mean(out, x.index, *reduction(rest, kwargs))
+            return Ref(out)
         raise ValueError(f"model: {where} is not supported")
+
+    def _by_hand(self, name: str, x: Any, rest: tuple, kwargs: dict, where: str) -> Any:
+        """Squares, variances and what becomes of them."""
+        if name in ("var", "std") and isinstance(x, Ref):
+            names = ("dim", "unbiased", "keepdim")
+            given = {"keepdim": False, "unbiased": True} | dict(zip(names, rest)) | kwargs
+            correction: Any = given.get("correction", given["unbiased"])
+            power = 1.0 if name == "var" else 0.5
+            return self.by_hand.variance(x.index, given.get("dim"), float(correction), given["keepdim"], power, where)
+        if name in ("mean", "sum") and isinstance(x, Squared):
+            return self.by_hand.reduce(x, *reduction(rest, kwargs), total=name == "sum", where=where)
+        exponent = POWERS.get(name) if name != "pow" else (*rest, kwargs.get("exponent"))[0]
+        if exponent is None:
+            raise unknown(where)
+        return self.by_hand.power(x, exponent, where)
 
     def _normalise(self, name: str, index: int, rest: tuple, kwargs: dict, where: str) -> int:
         names = (
@@ -244,9 +270,12 @@ class Reader:
 
     def _arithmetic(self, name: str, args: tuple, where: str) -> Any:
         b = self.builder
-        if name == "neg":
+        if name == "neg" and isinstance(args[0], Ref):
             return Ref(b.affine(Diagonal(b.like.new_tensor(-1.0), None), args[0].index, where))
-        left, right = args[:2]
+        left, right = (*args, None)[:2]
+        kind = "div" if name == "truediv" else name
+        if (found := self.by_hand.arithmetic(kind, left, right, where)) is not None:
+            return found
         if not isinstance(left, Ref) and not isinstance(right, Ref):
             return {"add": operator.add, "sub": operator.sub, "mul": operator.mul}.get(name, operator.truediv)(
                 left, right
@@ -292,11 +321,21 @@ class Reader:
         return self.builder.reshape(index, tuple(out[1:]), where)
 
 
-@dataclass(frozen=True)
-class Ref:
-    """Index of a node that depends on the input."""
+DEPENDENT = (Ref, Squared, Spread)
+POWERS = {"pow": None, "square": 2.0, "sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "var": None, "std": None}
+CASTS = {"float", "double", "to", "type_as"}
 
-    index: int
+
+def is_cast(name: str, rest: tuple, kwargs: dict) -> bool:
+    """Whether only the precision changes, and not below single: bounds are for exact arithmetic anyway."""
+    wide = (torch.float32, torch.float64)
+    return name != "to" or all(a in wide for a in (*rest, *kwargs.values()))
+
+
+def reduction(rest: tuple, kwargs: dict) -> tuple[Any, bool]:
+    """Dimensions, and whether they are kept, of a mean or a sum."""
+    given = {"keepdim": False} | dict(zip(("dim", "keepdim"), rest)) | kwargs
+    return given.get("dim"), given["keepdim"]
 
 
 REARRANGING = {
