@@ -8,6 +8,8 @@ network, and how soon Chromium paints the feed.
 LOCALLY_LOAD names a folder in which the database is kept for the next time; it takes minutes to write and to index.
 """
 
+import asyncio
+import contextlib
 import http.client
 import json
 import os
@@ -21,7 +23,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -47,6 +49,15 @@ EXPERIMENT = "learning-to-relax"  # what runs meanwhile, at the scale of a minut
 TARGETS = {"median": 50.0, "p99": 150.0}  # ms
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Milliseconds of every answer by kind of page, and seconds of processor time that server and readers took."""
+
+    taken: dict[str, list[float]]
+    server: float
+    own: float
+
+
 def main() -> list[Comparison]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(os.environ.get("LOCALLY_LOAD", scratch))
@@ -60,9 +71,7 @@ def main() -> list[Comparison]:
             for kind in asked:
                 _get(port, asked[kind][0])  # what is loaded on first use is loaded
             for pause in (PAUSE, 0.0):
-                before = _processor(server)
-                taken = _read(port, asked, pause)
-                results += _report(taken, pause, _processor(server) - before)
+                results += _report(_read(port, asked, pause, server), pause)
             results += _paint(port)
         results.append(_fetch())
     return results
@@ -112,69 +121,85 @@ def _addresses(titles: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     }
 
 
-def _read(port: int, asked: dict[str, list[str]], pause: float) -> dict[str, list[float]]:
-    """Milliseconds of every answer, by kind of page, of all readers together while an experiment runs."""
-    stop = threading.Event()
-    experiment = threading.Thread(target=_keep_running, args=(port, stop))
-    experiment.start()
-    time.sleep(3.0)  # it has begun
-    until = time.perf_counter() + SECONDS
-    lock, taken = threading.Lock(), defaultdict(list)
+def _read(port: int, asked: dict[str, list[str]], pause: float, server: psutil.Process) -> Reading:
+    """All readers together, while an experiment runs."""
 
-    def reader(number: int) -> None:
-        rng = np.random.default_rng(number)
-        own_address = (f"127.0.0.{2 + number}", 0)  # what one reader may search for in a time is bounded
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60, source_address=own_address)
-        own = []
-        time.sleep(float(rng.random()) * pause)
-        while time.perf_counter() < until:
-            kind = list(asked)[int(rng.integers(len(asked)))]
-            address = asked[kind][int(rng.integers(len(asked[kind])))]
-            start = time.perf_counter()
-            connection.request("GET", address)
-            answer = connection.getresponse()
-            answer.read()
-            own.append((kind, 1e3 * (time.perf_counter() - start)))
-            if answer.status != 200:
-                raise RuntimeError(f"{address} answered {answer.status}")
-            if pause:
-                time.sleep(float(rng.exponential(pause)))
-        with lock:
-            for kind, milliseconds in own:
-                taken[kind].append(milliseconds)
+    async def read() -> Reading:
+        stop = asyncio.Event()
+        experiment = asyncio.create_task(_keep_running(port, stop))
+        await asyncio.sleep(3.0)  # it has begun
+        before, own = _processor(server), time.process_time()
+        until = time.perf_counter() + SECONDS
+        readers = await asyncio.gather(*(_reader(i, port, asked, pause, until) for i in range(READERS)))
+        reading = Reading(defaultdict(list), _processor(server) - before, time.process_time() - own)
+        for kind, milliseconds in (answer for answers in readers for answer in answers):
+            reading.taken[kind].append(milliseconds)
+        stop.set()
+        await experiment
+        return reading
 
-    readers = [threading.Thread(target=reader, args=(i,)) for i in range(READERS)]
-    for one in readers:
-        one.start()
-    for one in readers:
-        one.join()
-    stop.set()
-    experiment.join()
+    return asyncio.run(read())
+
+
+async def _reader(
+    number: int, port: int, asked: dict[str, list[str]], pause: float, until: float
+) -> list[tuple[str, float]]:
+    """One person: (kind of page, milliseconds to its last byte) of all that was opened, over one connection."""
+    rng = np.random.default_rng(number)
+    own_address = (f"127.0.0.{2 + number}", 0)  # what one reader may search for in a time is bounded
+    stream, sink = await asyncio.open_connection("127.0.0.1", port, local_addr=own_address, limit=2**20)
+    taken = []
+    await asyncio.sleep(float(rng.random()) * pause)
+    while time.perf_counter() < until:
+        kind = list(asked)[int(rng.integers(len(asked)))]
+        address = asked[kind][int(rng.integers(len(asked[kind])))]
+        start = time.perf_counter()
+        await _open(stream, sink, port, address)
+        taken.append((kind, 1e3 * (time.perf_counter() - start)))
+        if pause:
+            await asyncio.sleep(float(rng.exponential(pause)))
+    sink.close()
     return taken
 
 
-def _keep_running(port: int, stop: threading.Event) -> None:
+async def _open(stream: asyncio.StreamReader, sink: asyncio.StreamWriter, port: int, address: str) -> None:
+    """Ask for a page and take it in. Bare of all that a client does besides: it shares the server's cores."""
+    sink.write(f"GET {address} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode())
+    head = await stream.readuntil(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 200"):
+        raise RuntimeError(f"{address} answered {head.splitlines()[0].decode()}")
+    length = re.search(rb"(?i)content-length: (\d+)", head)
+    assert length is not None
+    await stream.readexactly(int(length[1]))
+
+
+async def _keep_running(port: int, stop: asyncio.Event) -> None:
     """One experiment after the other; asking for one that runs starts none."""
     while True:
-        asked = json.loads(_post(port, f"/papers/{EXPERIMENT}/runs", {"scale": "default"}))
-        if stop.wait(1.0):
-            _post(port, f"/requests/{asked['id']}/cancel", {})
+        answer = await asyncio.to_thread(_post, port, f"/papers/{EXPERIMENT}/runs", {"scale": "default"})
+        asked = json.loads(answer)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), 1.0)
+            await asyncio.to_thread(_post, port, f"/requests/{asked['id']}/cancel", {})
             return
 
 
-def _report(taken: dict[str, list[float]], pause: float, processor: float) -> list[Comparison]:
+def _report(reading: Reading, pause: float) -> list[Comparison]:
     pace = "with pauses" if pause else "without pauses"
     results = []
-    for kind, values in taken.items():
+    for kind, values in reading.taken.items():
         for name, share in (("median", 50), ("p99", 99)):
             value = float(np.percentile(values, share))
             about = {"target": TARGETS[name], "answers": len(values)}
             results.append(_figure(f"{kind}, {READERS} readers {pace}", f"ms, {name}", value, **about))
-    total = sum(map(len, taken.values()))
+    total = sum(map(len, reading.taken.values()))
     load = psutil.getloadavg()[0] / (os.cpu_count() or 1)  # above 1 others want the cores as well
     about = {"load_per_core": round(load, 2)}
     results.append(_figure(f"{READERS} readers {pace}", "answers a second", total / SECONDS, **about))
-    results.append(_figure(f"{READERS} readers {pace}", "processor ms an answer", 1e3 * processor / total, **about))
+    spent = (("of the server", reading.server), ("of the readers", reading.own))
+    for whose, seconds in spent:
+        quantity = f"processor ms an answer, {whose}"
+        results.append(_figure(f"{READERS} readers {pace}", quantity, 1e3 * seconds / total, **about))
     return results
 
 
@@ -207,7 +232,7 @@ def _paint(port: int) -> list[Comparison]:
 def _fetch() -> Comparison:
     """Seconds of `locally fetch` and of the search index for 2,000 papers that a server beside it hands out at once."""
     now = int(time.time())
-    writer, month = Writer(seed=now), f"{10 + now % 10}{1 + now // 10 % 12:02d}"  # another each time: they must be new
+    writer, month = Writer(seed=now), f"{30 + now % 70}{1 + now // 70 % 12:02d}"  # another each time: they must be new
     entries = [_entry(writer, i, month) for i in range(FETCHED)]
 
     class Archive(BaseHTTPRequestHandler):

@@ -7,10 +7,13 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
 from locally import catalogue
+from locally.page.preprints import Preprint, Preprints
+from locally.page.store import Store
 from tests.page.conftest import CARD, GOOD
 
 FAILING = "def experiment(run):\n    for s in run.seeds: run.record('ours', 'error', 5.0, seed=s)\n"
@@ -140,6 +143,24 @@ def test_report_is_written_without_runs(tmp_path):
 
 def test_help_tells_what_arguments_are():
     assert "arXiv ids" in locally("run", "--help").stdout
+
+
+def test_search_finds_fetched_papers_too_and_stays_light_without_them(add_paper):
+    add_paper("good", title="A rather particular thing")
+    probe = "import sys, locally.cli as c\nsys.argv = ['locally', 'search', 'particular']\n"
+    probe += "try: c.main()\nexcept SystemExit: pass\nprint([m for m in ('numpy', 'sqlalchemy') if m in sys.modules])"
+    locally("list")  # makes the database
+    light = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert light.stdout.splitlines()[-1] == "[]"
+    assert "to read" not in light.stdout
+    when = "2026-01-02T00:00:00+00:00"
+    weaving = Preprint("2601.00001", "Weaving particular looms", ("Ada",), "Words.", when, when, when[:10])
+    Preprints(Store()).add([weaving, replace(weaving, key="2601.00002", title="Barrel organs")])
+    found = locally("search", "particular").stdout
+    assert found.index("A rather particular thing") < found.index("to read:") < found.index("Weaving particular looms")
+    assert "2601.00001  2026-01-02" in found
+    assert "Barrel organs" in locally("search", "organs").stdout
+    refused("search", "zzyzx")
 
 
 def test_list_and_help_stay_light():

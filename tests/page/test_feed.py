@@ -11,6 +11,7 @@ from locally import catalogue
 from locally.evidence import Scale, Status
 from locally.page.feed import ATOM, ENTRIES, UNSPEAKABLE, atom, entity_tag
 from locally.page.glance import LastRun
+from locally.page.preprints import Preprint
 
 BASE = "https://locally.example/"
 PAPER = next(p for p in catalogue.load([catalogue.BUILT_IN]) if p.arxiv)
@@ -68,3 +69,31 @@ def test_hostile_words_come_through_as_words(title, reason):
     assert not read.bozo
     assert len(read.entries) == 1
     assert fromstring(body).findtext(f"{{{ATOM}}}entry/{{{ATOM}}}title") == UNSPEAKABLE.sub("", f"holds: x{title}x")
+
+
+class TestFetched:
+    def preprint(self, number: int, updated: str, **other) -> Preprint:
+        title = f"Paper {number}"
+        return Preprint(f"2601.{number:05d}", title, ("Ada",), "Words.", updated, updated, updated[:10], **other)
+
+    def test_they_stand_among_the_verdicts_newest_first(self):
+        old, new = "2026-01-01T00:00:00+00:00", "2026-01-03T00:00:00+00:00"
+        fetched = [self.preprint(1, old, categories=("cs.LG", "math.OC")), self.preprint(2, new)]
+        feed = feedparser.parse(atom([PAPER], {PAPER.slug: ran(PAPER.slug)}, BASE, fetched=fetched))
+        assert not feed.bozo
+        assert [e.title for e in feed.entries] == ["Paper 2", f"holds: {PAPER.title}", "Paper 1"]
+        assert feed.entries[0].link == f"{BASE}papers/2601.00002"
+        assert {tag.term for tag in feed.entries[2].tags} == {"cs.LG", "math.OC"}
+        assert feed.feed.updated == new
+
+    def test_many_do_not_push_verdicts_out(self):
+        fetched = [self.preprint(i, "2026-06-01T00:00:00+00:00") for i in range(ENTRIES + 9)]
+        feed = feedparser.parse(atom([PAPER], {PAPER.slug: ran(PAPER.slug)}, BASE, fetched=fetched))
+        assert len(feed.entries) == ENTRIES + 1
+        assert feed.entries[-1].title == f"holds: {PAPER.title}"
+
+    def test_another_version_is_news_of_the_same_entry(self):
+        one, two = (self.preprint(1, f"2026-01-0{day}T00:00:00+00:00", version=day) for day in (1, 2))
+        entries = [feedparser.parse(atom([], {}, BASE, fetched=[p])).entries[0] for p in (one, two)]
+        assert entries[0].id == entries[1].id
+        assert entries[0].updated < entries[1].updated

@@ -61,6 +61,22 @@ def test_one_paper_is_a_catalogue_too():
     assert index.search("constrained") == ["adasketch-newton"]
 
 
+def test_the_place_of_one_text_is_that_among_many(index):
+    basis = index._load().basis
+    texts = ["private regression", "a pruned language model, pruned", "nothing of ours: zzyzx", "", "of the"]
+    places = basis.places(basis.terms(texts))
+    np.testing.assert_allclose([basis.place(text) for text in texts], places, atol=1e-6)
+
+
+def test_a_collection_of_one_word_or_none_is_no_obstacle():
+    for text, query in (("kites", "kites"), ("of the", "of"), ("paper", "paper")):
+        index = Index()
+        index.update([document("one", text)])
+        assert index.search(query) == ["one"]
+        index.update([document("two", "barrel organs play melodies")])
+        assert index.search("melodies") == ["two"]
+
+
 def document(key: str, text: str, **other) -> Document:
     return Document(key, title=text, keywords="", people="", summary="", claims="", **other)
 
@@ -166,3 +182,17 @@ class TestFile:
                 index.update([document(f"d{i}", f"common word{i}")])
             assert all(30 <= len(found.result()) <= 40 for found in asked)
         assert len(index.search("common")) == 40
+
+
+def test_a_large_change_is_loaded_behind_the_readers_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("locally.page.search.index.MANY", 5)
+    one, other = Index(tmp_path / "x.sqlite"), Index(tmp_path / "x.sqlite")
+    one.update([document(f"d{i}", f"weaving loom{i}") for i in range(10)])
+    assert len(other.search("weaving")) == 10
+    one.update([document("d0", "double stars")])  # what was loaded must be loaded anew
+    assert "d0" in other.search("weaving")  # nobody waits
+    other._behind.join()
+    assert "d0" not in other.search("weaving")
+    assert other.search("stars")[0] == "d0"
+    one.update([document("few", "barrel organs")])
+    assert other.search("organs")[0] == "few"  # a small one is there at once

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +13,10 @@ from locally import catalogue
 from locally.errors import UsageError
 from locally.evidence import Paper
 
+if TYPE_CHECKING:
+    from locally.page.preprints import Preprint
+
+FETCHED = 20  # papers from elsewhere that a search shows
 BADGE = {"holds": "green", "fails": "red", "inconclusive": "yellow"}
 ANSI = {"holds": 32, "fails": 31, "inconclusive": 33, "verdict": 0}
 
@@ -47,13 +51,41 @@ def list_papers(
 
 
 def search(words: Annotated[list[str], typer.Argument(help="Words to look for.")]) -> None:
-    """Find papers by words of their title, authors, keywords, summary and claims."""
-    from locally.page.glance import last_runs
+    """Find papers by words of their title, authors, keywords, summary and claims; fetched ones too."""
+    from locally.page.glance import any_fetched, last_runs
 
-    found = catalogue.search(catalogue.load(), " ".join(words))
-    if not found:
-        raise UsageError(f"nothing found for {' '.join(words)!r}")
-    _print_papers(found, last_runs())
+    query, last = " ".join(words), last_runs()
+    found = catalogue.search(catalogue.load(), query)
+    fetched = _fetched(query) if any_fetched() else []
+    if not found and not fetched:
+        raise UsageError(f"nothing found for {query!r}")
+    if found:
+        _print_papers(found, last)
+    if fetched:
+        print("\nto read:" if found else "to read:")
+        _print_fetched(fetched)
+
+
+def _fetched(query: str) -> "list[Preprint]":
+    """Papers from elsewhere, as the page finds them."""
+    from locally.page.shelf import Shelf
+    from locally.page.store import Store
+
+    shelf = Shelf(Store())
+    cards = shelf.refresh()
+    keys = [key for key in shelf.index.search(query) if key not in cards and key not in shelf.library.twins][:FETCHED]
+    papers = shelf.library.preprints.many(keys)
+    return [papers[key] for key in keys if key in papers]
+
+
+def _print_fetched(papers: "list[Preprint]") -> None:
+    """Key, day and title, best first; titles are cut to fit a terminal."""
+    width = max(len(paper.key) for paper in papers)
+    room = shutil.get_terminal_size().columns - width - len("2026-01-31") - 4
+    for paper in papers:
+        cut = sys.stdout.isatty() and len(paper.title) > max(room, 12)
+        title = paper.title[: max(room, 12) - 1] + "…" if cut else paper.title
+        print(f"{paper.key.ljust(width)}  {paper.day}  {title}")
 
 
 def show(slug: Annotated[str, typer.Argument(help="Slug, its beginning, number or arXiv id.")]) -> None:

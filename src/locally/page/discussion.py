@@ -1,7 +1,7 @@
 """What people say about papers: comments and answers to them, written in Markdown and shown without its dangers."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,21 @@ from markdown_it.token import Token
 from markupsafe import Markup
 
 from locally.errors import UsageError
-from locally.page.people import AT_ONCE, Person, now
+from locally.page.people import Person, now
 from locally.page.schema import comments, people
-from locally.page.store import Store
+from locally.page.store import KEYS, Store
 
+_SAID = (
+    sa.select(*comments.c[("id", "person", "parent", "text", "made", "withdrawn")], people.c.name)
+    .select_from(comments.outerjoin(people, people.c.id == comments.c.person))
+    .where(comments.c.paper.in_(KEYS))
+    .order_by(comments.c.id)
+)
+_COUNTED = (
+    sa.select(comments.c.paper, sa.func.count())
+    .where(comments.c.withdrawn.is_(False), comments.c.paper.in_(KEYS))
+    .group_by(comments.c.paper)
+)
 LENGTH = 10_000  # characters of a comment
 DEPTH = 4  # answers stand no deeper; what answers them stands beside them
 
@@ -72,12 +83,9 @@ class Discussion:
 
     def about(self, paper: str) -> list[Comment]:
         """All threads in the order in which they are read: each comment, then its answers, oldest first."""
-        columns = (*comments.c[("id", "person", "parent", "text", "made", "withdrawn")], people.c.name)
-        joined = comments.outerjoin(people, people.c.id == comments.c.person)
-        wanted = sa.select(*columns).select_from(joined).where(comments.c.paper == paper).order_by(comments.c.id)
         below: dict[int | None, list[Any]] = defaultdict(list)
-        for row in self.store.query(wanted):
-            below[row[2]].append(row)
+        for row in self.store.query_in(_SAID, [paper]):
+            below[row.parent].append(row)
         threads: list[Comment] = []
         waiting = [(row, 0) for row in reversed(below[None])]
         while waiting:
@@ -87,10 +95,8 @@ class Discussion:
             waiting += [(row, depth + 1) for row in reversed(below[number])]
         return threads
 
-    def counts(self, papers: Iterable[str]) -> dict[str, int]:
-        standing = comments.c.withdrawn.is_(False) & comments.c.paper.in_(list(papers)[:AT_ONCE])
-        wanted = sa.select(comments.c.paper, sa.func.count()).where(standing).group_by(comments.c.paper)
-        return dict(self.store.query(wanted))
+    def counts(self, papers: Sequence[str]) -> dict[str, int]:
+        return dict(map(tuple, self.store.query_in(_COUNTED, papers)))
 
 
 def _link_opened(self: Any, tokens: Sequence[Token], at: int, options: Any, env: Any) -> str:

@@ -1,10 +1,14 @@
-"""The last run of each paper, read so fast that `locally list` can afford it: plain sqlite3, no SQLAlchemy."""
+"""What the command line asks of the database, so fast that `locally list` can afford it: sqlite3, no SQLAlchemy."""
 
 import sqlite3
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from locally.evidence import Scale, Status
 from locally.home import database_url
+
+if TYPE_CHECKING:
+    from locally.page.store import Store
 
 SCHEMA_VERSION = "0004"  # the newest migration
 
@@ -15,7 +19,7 @@ with recursive slugs(slug) as (
   union all
   select (select min(runs.slug) from runs where runs.slug > slugs.slug) from slugs where slugs.slug is not null
 )
-select runs.slug, runs.scale, runs.status, runs.outcome, runs.reason, runs.started
+select runs.slug, runs.scale, runs.status, runs.outcome, runs.reason, runs.started, runs.id
 from slugs join runs on runs.id = (select max(last.id) from runs as last where last.slug = slugs.slug)
 """
 
@@ -28,6 +32,7 @@ class LastRun:
     outcome: str
     reason: str
     started: str  # ISO 8601, UTC
+    id: int = 0
 
     @property
     def label(self) -> str:
@@ -35,11 +40,22 @@ class LastRun:
         return self.outcome if self.status is Status.FINISHED else str(self.status)
 
 
-def last_runs() -> dict[str, LastRun]:
-    """By slug; papers that never ran are absent.
+def last_runs(store: "Store | None" = None) -> dict[str, LastRun]:
+    """By slug; papers that never ran are absent. Of the store that is open, if one is."""
+    rows = _ask(LATEST) if store is None else store.query(_text(LATEST))
+    return {row[0]: LastRun(row[0], Scale(row[1]), Status(row[2]), *row[3:]) for row in rows}
 
-    A database that this short cut cannot read - not SQLite, of another schema version, damaged - goes through the
-    store, which migrates it, refuses it or sets it aside.
+
+def any_fetched() -> bool:
+    """Are there papers from elsewhere?"""
+    return bool(_ask("select key from preprints limit 1"))
+
+
+def _ask(statement: str) -> list[tuple[Any, ...]]:
+    """Ask the database of this installation.
+
+    One that this short cut cannot read - not SQLite, of another schema version, damaged - goes through the store, which
+    migrates it, refuses it or sets it aside.
     """
     url = database_url()
     if url.startswith("sqlite:///"):
@@ -47,17 +63,17 @@ def last_runs() -> dict[str, LastRun]:
             connection = sqlite3.connect(f"file:{url.removeprefix('sqlite:///')}?mode=ro", uri=True, timeout=30)
             try:
                 if connection.execute("select version_num from alembic_version").fetchone() == (SCHEMA_VERSION,):
-                    return _by_slug(connection.execute(LATEST).fetchall())
+                    return connection.execute(statement).fetchall()
             finally:
                 connection.close()
         except sqlite3.Error:
             pass  # the store finds out what is wrong with it, or makes it
-    from sqlalchemy import text
-
     from locally.page.store import Store
 
-    return _by_slug(Store(url).query(text(LATEST)))
+    return Store(url).query(_text(statement))
 
 
-def _by_slug(rows: list[tuple[str, ...]]) -> dict[str, LastRun]:
-    return {row[0]: LastRun(row[0], Scale(row[1]), Status(row[2]), row[3], row[4], row[5]) for row in rows}
+def _text(statement: str) -> Any:
+    from sqlalchemy import text
+
+    return text(statement)

@@ -1,7 +1,7 @@
 """All papers that the page knows, cards and fetched ones, in the orders in which a feed shows them.
 
-Of a fetched paper only its key, day and number of upvotes are held in memory, so that filtering and sorting fifty
-thousand costs a few milliseconds; what the page shows of it is read from the store.
+Of a fetched paper only its key, day, number of upvotes and revision are held in memory, so that filtering and sorting
+fifty thousand costs a few milliseconds; what the page shows of it is read from the store.
 """
 
 import threading
@@ -69,7 +69,7 @@ class Library:
     def __init__(self, store: Store) -> None:
         self.store, self.preprints = store, Preprints(store)
         self._lock = threading.Lock()
-        self._known: dict[str, tuple[str, int]] = {}  # key: (day, upvotes)
+        self._known: dict[str, tuple[str, int, int]] = {}  # key: (day, upvotes, revision)
         self._revision = 0
         self._cards: list[Paper] = []
         self._shown = _Shown((), {})
@@ -82,7 +82,7 @@ class Library:
             with self._lock:
                 wanted = sa.select(table.c.revision, table.c.key, table.c.day, table.c.upvotes)
                 for revision, key, day, upvotes in self.store.query(wanted.where(table.c.revision > self._revision)):
-                    self._known[key] = (day, upvotes)
+                    self._known[key] = (day, upvotes, revision)
                     self._revision = max(self._revision, revision)
                 self._cards = cards
                 self._shown = _Shown(cards, self._known)
@@ -91,9 +91,14 @@ class Library:
     def has(self, key: str) -> bool:
         return self._shown.has(key)
 
-    def slug_of(self, key: str) -> str | None:
-        """The card of the same paper, where there is one."""
-        return self._shown.twins.get(key)
+    def revision_of(self, key: str) -> int:
+        """Of the collection, when this fetched paper last changed; 0 for one that it does not have."""
+        return self._known.get(key, ("", 0, 0))[2]
+
+    @property
+    def twins(self) -> Mapping[str, Paper]:
+        """Cards of papers that were fetched as well, by the fetched paper's key."""
+        return self._shown.twins
 
     def newest_day(self) -> date | None:
         return self._shown.newest_day()
@@ -173,15 +178,15 @@ class Chosen(Sequence[str]):
 class _Shown:
     """One state of the library, which never changes."""
 
-    def __init__(self, cards: Sequence[Paper], known: Mapping[str, tuple[str, int]]) -> None:
-        identifiers = {p.arxiv.replace("/", "_"): p.slug for p in cards if p.arxiv}
-        self.twins = {key: slug for key, slug in identifiers.items() if key in known}
+    def __init__(self, cards: Sequence[Paper], known: Mapping[str, tuple[str, int, int]]) -> None:
+        identifiers = {p.arxiv.replace("/", "_"): p for p in cards if p.arxiv}
+        self.twins = {key: card for key, card in identifiers.items() if key in known}
         fetched = {key: value for key, value in known.items() if key not in identifiers}
         self._keys, self._cards = [p.slug for p in cards] + list(fetched), len(cards)
         self._at = {key: i for i, key in enumerate(self._keys)}
-        days = [p.published for p in cards] + [day for day, _ in fetched.values()]
+        days = [p.published for p in cards] + [day for day, _, _ in fetched.values()]
         self._days = np.array(days, dtype="datetime64[D]")
-        upvotes = np.array([0] * len(cards) + [upvotes for _, upvotes in fetched.values()])
+        upvotes = np.array([0] * len(cards) + [upvotes for _, upvotes, _ in fetched.values()])
         newest = np.argsort(-self._days.astype(np.int64), kind="stable")
         self._orders = {
             Order.NEWEST: newest,
@@ -216,10 +221,18 @@ class _Shown:
             for key, score in scores.items():
                 if key in self._at:
                     values[self._at[key]] = score
-            chosen = chosen[np.argsort(-values[chosen], kind="stable")]
+            chosen = chosen[_highest_first(values[chosen])]
         return Chosen(self._keys, self._at, chosen, self._cards)
 
     def _mask(self, keys: Iterable[str]) -> ndarray:
         inside = np.zeros(len(self._keys), dtype=bool)
         inside[[self._at[key] for key in keys if key in self._at]] = True
         return inside
+
+
+def _highest_first(values: ndarray) -> ndarray:
+    """As a stable sort, but fast where most are zero."""
+    above, others = np.flatnonzero(values > 0), np.flatnonzero(values <= 0)
+    if values[others].any():
+        others = others[np.argsort(-values[others], kind="stable")]
+    return np.concatenate([above[np.argsort(-values[above], kind="stable")], others])

@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -14,11 +14,10 @@ from sqlalchemy.engine import Connection
 from locally.errors import UsageError
 from locally.page.preprints import plain
 from locally.page.schema import marks, notes, people, tags
-from locally.page.store import Store
+from locally.page.store import KEYS, Store
 
 NAME, TAG, NOTE = 40, 40, 20_000  # characters
 TAGS = 30  # of one person on one paper
-AT_ONCE = 500  # keys in one statement
 RESERVED = ("and", "or", "not")
 
 
@@ -50,8 +49,15 @@ class Belongings:
     kinds: dict[str, set[str]] = field(default_factory=dict)
     tags: dict[str, set[str]] = field(default_factory=dict)
 
+    def __contains__(self, paper: str) -> bool:
+        return paper in self.kinds or paper in self.tags
+
     def of(self, paper: str) -> Kept:
         return Kept(frozenset(self.kinds.get(paper, ())), tuple(sorted(self.tags.get(paper, ()))))
+
+
+_VOTES = sa.select(marks.c.paper, sa.func.count()).where(marks.c.kind == str(Kind.VOTE)).group_by(marks.c.paper)
+_VOTES_FOR = _VOTES.where(marks.c.paper.in_(KEYS))
 
 
 class People:
@@ -139,12 +145,10 @@ class People:
             tagged = connection.execute(sa.select(tags.c.paper, tags.c.tag).where(tags.c.person == person.id))
             return Belongings(_grouped(marked), _grouped(tagged))
 
-    def votes(self, papers: Iterable[str] | None = None) -> dict[str, int]:
+    def votes(self, papers: Sequence[str] | None = None) -> dict[str, int]:
         """Votes of all people, of these papers or of every one that has any."""
-        wanted = sa.select(marks.c.paper, sa.func.count()).where(marks.c.kind == str(Kind.VOTE)).group_by(marks.c.paper)
-        if papers is not None:
-            wanted = wanted.where(marks.c.paper.in_(list(papers)[:AT_ONCE]))
-        return dict(self.store.query(wanted))
+        rows = self.store.query(_VOTES) if papers is None else self.store.query_in(_VOTES_FOR, papers)
+        return dict(map(tuple, rows))
 
 
 def tag_of(text: str) -> str:

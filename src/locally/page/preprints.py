@@ -11,12 +11,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from locally.page.schema import preprints, remembered
-from locally.page.store import Store
+from locally.page.store import AT_ONCE, KEYS, Store
 
 ARXIV, HUGGING_FACE = "arxiv", "huggingface"
 TITLE, SUMMARY, NAME, REMARK = 500, 20_000, 120, 1_000  # characters kept
 AUTHORS, LABELS = 500, 30  # names, categories and keywords kept
-AT_ONCE = 500  # keys in one statement
+_ALL_OF = sa.select(preprints).where(preprints.c.key.in_(KEYS))
 
 IDENTIFIER = re.compile(r"(?P<id>\d{4}\.\d{4,5}|[a-z][a-z-]{1,20}(?:\.[A-Z]{2})?/\d{7})(?:v(?P<version>[1-9]\d{0,3}))?")
 
@@ -154,8 +154,8 @@ def _authority(preprint: Preprint) -> tuple[int, bool]:
 def _read(connection: Connection, keys: Sequence[str]) -> dict[str, Preprint]:
     found: dict[str, Preprint] = {}
     for start in range(0, len(keys), AT_ONCE):
-        wanted = sa.select(preprints).where(preprints.c.key.in_(keys[start : start + AT_ONCE]))
-        found |= {row["key"]: Preprint.from_row(row) for row in connection.execute(wanted).mappings()}
+        rows = connection.execute(_ALL_OF, {"keys": list(keys[start : start + AT_ONCE])})
+        found |= {row["key"]: Preprint.from_row(row) for row in rows.mappings()}
     return found
 
 

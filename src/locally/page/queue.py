@@ -14,6 +14,7 @@ from sqlalchemy.exc import IntegrityError
 
 from locally.errors import UsageError
 from locally.evidence import Paper, Scale, Status
+from locally.page.lately import Lately
 from locally.page.runner import SEEDS, Progress, execute
 from locally.page.schema import requests
 from locally.page.store import Store
@@ -32,6 +33,7 @@ class State(StrEnum):
         return self in (State.WAITING, State.RUNNING)
 
 
+NICE = 10  # readers come before experiments
 OPEN = [str(s) for s in State if s.open]
 
 
@@ -70,6 +72,7 @@ class Queue:
     ) -> None:
         self.store, self.papers, self.at_once, self.data = store, papers, at_once, data
         self._news = threading.Condition()
+        self._open = Lately(store, self._read_open)
         self._live: dict[int, Request] = {}
         self._stops: dict[int, threading.Event] = {}
         self._threads: list[threading.Thread] = []
@@ -128,27 +131,29 @@ class Queue:
         return self.get(request_id)
 
     def get(self, request_id: int) -> Request | None:
+        for request in self.open():
+            if request.id == request_id:
+                return request
         rows = self.store.query(sa.select(requests).where(requests.c.id == request_id))
-        return self._request(rows[0]) if rows else None
+        return _request(rows[0]) if rows else None
 
     def of(self, slug: str) -> Request | None:
         """The request for this paper that is waiting or running, if any."""
-        rows = self.store.query(sa.select(requests).where(requests.c.slug == slug, requests.c.state.in_(OPEN)))
-        return self._request(rows[0]) if rows else None
+        return next((request for request in self.open() if request.slug == slug), None)
 
     def open(self) -> list[Request]:
         """What is running and waiting, in order."""
-        wanted = sa.select(requests).where(requests.c.state.in_(OPEN)).order_by(requests.c.id)
-        return [self._request(row) for row in self.store.query(wanted)]
+        return [self._with_news(request, ahead) for ahead, request in enumerate(self._open())]
 
-    def _request(self, row: Any) -> Request:
-        request = Request(row[0], row[1], Scale(row[2]), State(row[3]), *row[4:7])
-        if request.state is State.RUNNING and (live := self._live.get(request.id)) is not None:
-            return replace(request, fraction=live.fraction, label=live.label, log=live.log)
+    def _read_open(self) -> list[Request]:
+        wanted = sa.select(requests).where(requests.c.state.in_(OPEN)).order_by(requests.c.id)
+        return [_request(row) for row in self.store.query(wanted)]
+
+    def _with_news(self, request: Request, ahead: int) -> Request:
         if request.state is State.WAITING:
-            before = sa.select(sa.func.count()).where(requests.c.state.in_(OPEN), requests.c.id < request.id)
-            return replace(request, ahead=self.store.query(before)[0][0])
-        return request
+            return replace(request, ahead=ahead)
+        live = self._live.get(request.id)
+        return request if live is None else replace(request, fraction=live.fraction, label=live.label, log=live.log)
 
     # Carrying out ------------------------------------------------------------------------------------------------
 
@@ -179,7 +184,7 @@ class Queue:
             if row is None:
                 return None
             connection.execute(requests.update().where(requests.c.id == row[0]).values(state=str(State.RUNNING)))
-        return Request(row[0], row[1], Scale(row[2]), State.RUNNING, *row[4:7])
+        return replace(_request(row), state=State.RUNNING)
 
     def _carry_out(self, request: Request, stop: threading.Event) -> None:
         paper = self.papers().get(request.slug)
@@ -194,7 +199,7 @@ class Queue:
             self._live[request.id] = replace(self._live[request.id], log=text)
 
         seeds = tuple(range(SEEDS[request.scale]))
-        job = Job(request.slug, request.scale, seeds, data=self.data, threads=_threads(self.at_once))
+        job = Job(request.slug, request.scale, seeds, data=self.data, threads=_threads(self.at_once), nice=NICE)
         evidence = execute(job, paper.claims, progress, stop, log)
         if evidence.status is Status.CANCELLED:
             self._end(request, State.WAITING if self._closing else State.CANCELLED, "")
@@ -209,6 +214,10 @@ class Queue:
     def _set(self, where: Any, **values: str) -> None:
         with self.store.writing() as connection:
             connection.execute(requests.update().where(where).values(values))
+
+
+def _request(row: Any) -> Request:
+    return Request(row[0], row[1], Scale(row[2]), State(row[3]), *row[4:7])
 
 
 def _threads(at_once: int) -> int:

@@ -109,7 +109,11 @@ def write(folder: Path, papers: Sequence[Paper], store: Store) -> Path:
 def templates() -> Environment:
     """What the report and the served page are written with."""
     return Environment(
-        loader=PackageLoader("locally.page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("locally.page"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        auto_reload=False,  # the package's own files do not change under us
     )
 
 

@@ -18,19 +18,26 @@ from locally.page.schema import preprints
 from locally.page.search import Index, of_card, of_preprint
 from locally.page.store import DAMAGED, Store
 
+LAYOUT = 2  # of the index's file; one of another layout is thrown away
 AT_ONCE = 20_000  # papers that are indexed in one transaction
 INLINE = 300  # new papers that a reader waits for; more are indexed behind the reader's back
 
 
 def index_file(store: Store) -> Path:
-    """One file for each database, beside whatever else is kept here."""
-    name = hashlib.blake2b(str(store.url).encode(), digest_size=6).hexdigest()
-    return home() / f"search-{name}.sqlite"
+    """One file for each database and layout, beside whatever else is kept here."""
+    return home() / f"search-{_name(store)}-{LAYOUT}.sqlite"
+
+
+def _name(store: Store) -> str:
+    return hashlib.blake2b(str(store.url).encode(), digest_size=6).hexdigest()
 
 
 def open_index(store: Store) -> Index:
     """The index of this store's papers, which may be some papers behind; a damaged one is made anew."""
     file = index_file(store)
+    for former in file.parent.glob(f"search-{_name(store)}*"):
+        if not former.name.startswith(file.name):
+            former.unlink(missing_ok=True)
     try:
         index = Index(file)
     except sqlite3.DatabaseError as error:
@@ -70,6 +77,7 @@ class Shelf:
         self.library = Library(store)
         self.index = open_index(store)
         self._indexed: list[Paper] = []
+        self._seen: tuple[object, list[Paper]] | None = None  # what all is up to date with
         self._lock, self._catching_up = threading.Lock(), threading.Lock()
         self._behind: threading.Thread | None = None
 
@@ -77,12 +85,22 @@ class Shelf:
         """The cards by slug; read again when one has changed."""
         return {p.slug: p for p in load()}
 
+    def warm(self) -> dict[str, Paper]:
+        """As `refresh`, and read what the first question would have to wait for."""
+        cards = self.refresh()
+        self.index.warm()
+        return cards
+
     def refresh(self) -> dict[str, Paper]:
         """Bring library and index up to date; the cards by slug. A large import is indexed meanwhile."""
+        seen = self.library.store.stamp(), load()
+        if seen == self._seen:
+            return {p.slug: p for p in seen[1]}
         cards = self.library.refresh()
         listed = list(cards.values())
         pending = sum(count for _, count in _pending(self.index, self.library.store))
         if listed == self._indexed and not pending:
+            self._seen = seen
             return cards
         if pending > INLINE and self._indexed:
             with self._lock:

@@ -5,6 +5,8 @@ lock when they begin, so several processes write at once and none loses anything
 """
 
 import math
+import sqlite3
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ from locally.page.schema import figures, measures, metadata, requests, runs
 BUSY_TIMEOUT = 60.0  # seconds that a writer waits for another
 POOL: dict[str, Any] = {"poolclass": QueuePool, "pool_size": 8, "max_overflow": 56}  # asking is cheaper than opening
 MIGRATION_LOCK = 0x10CA11  # any number that nobody else locks
+AT_ONCE = 500  # keys in one statement
+# stands for the keys in statements that are written once: putting one together takes as long as its answer
+KEYS: sa.BindParameter[Any] = sa.bindparam("keys", expanding=True)
 DAMAGED = ("file is not a database", "malformed", "disk image")
 
 
@@ -61,6 +66,8 @@ class Store:
         except (sa.exc.ArgumentError, ModuleNotFoundError) as error:
             raise StoreError(f"cannot open the database {url!r}: {error}") from None
         self.file = Path(self.url.database) if self._is_sqlite and self.url.database else None
+        self._watching: sqlite3.Connection | None = None
+        self._watched = threading.Lock()
         if self._is_sqlite:
             _prepare_sqlite(self.engine)
         with self._explained():
@@ -191,6 +198,27 @@ class Store:
         with self._explained(), self.engine.connect() as connection:
             return [tuple(row) for row in connection.execute(statement)]
 
+    def query_in(self, statement: Any, keys: Sequence[str]) -> list[sa.Row[Any]]:
+        """The rows of a statement for these `KEYS`, however many there are."""
+        with self.reading() as connection:
+            return [
+                row
+                for start in range(0, len(keys), AT_ONCE)
+                for row in connection.execute(statement, {"keys": list(keys[start : start + AT_ONCE])})
+            ]
+
+    def stamp(self) -> object:
+        """Equals an earlier one only if nobody, in whatever process, has written since; costs some microseconds.
+
+        Where the database cannot tell (all but SQLite) no two are equal.
+        """
+        if self.file is None:
+            return object()
+        with self._explained(), self._watched:
+            if self._watching is None:  # a connection that never writes, so that it hears of every change
+                self._watching = sqlite3.connect(self.file, check_same_thread=False, isolation_level=None)
+            return self._watching, self._watching.execute("pragma data_version").fetchone()[0]
+
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         """One transaction that sees one state of the database."""
@@ -257,6 +285,7 @@ class Store:
         assert self.file is not None
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         self.engine.dispose()  # what is still open would go on in the file that is set aside
+        self._watching = None
         aside = self.file.with_name(f"{self.file.stem}-damaged-{stamp}{self.file.suffix}")
         for suffix in ("", "-wal", "-shm"):
             part = Path(f"{self.file}{suffix}")

@@ -1,9 +1,13 @@
 """The pages of single papers: fetched ones, and two runs of one that runs."""
 
 import re
+from dataclasses import replace
+
+import feedparser
 
 from locally import catalogue
 from locally.evidence import Scale, judge
+from locally.page.preprints import Preprints
 from locally.page.store import Store
 from tests.page.test_store import evidence
 from tests.page.web.conftest import LOOM, ORGAN
@@ -53,3 +57,17 @@ def test_the_sparkline_is_drawn_from_the_second_run_on(browser):
         store.add(evidence("good", machine={}, value=value, verdict=judge([claim], one.measures, Scale.QUICK)))
         assert browser.get("/?q=sketch").text.count('<svg class="spark"') == lines
     assert "over the last 3 runs" in browser.get("/papers/good").text
+
+
+def test_the_feed_of_everything_has_fetched_papers_and_that_of_a_wing_those_it_has_a_card_of(browser):
+    twin = next(p for p in catalogue.load() if p.arxiv)
+    other = next(p for p in catalogue.load() if p.wing != twin.wing)
+    when = "2026-03-01T00:00:00+00:00"
+    Preprints(Store()).add([replace(LOOM, key=twin.arxiv.replace("/", "_"), title="A twin", updated=when)])
+    titles = {
+        wing: {e.title for e in feedparser.parse(browser.get("/feed.atom", params={"wing": wing}).content).entries}
+        for wing in ("", twin.wing, other.wing)
+    }
+    assert titles[""] == {"A twin", LOOM.title, ORGAN.title}
+    assert titles[twin.wing] == {"A twin"}
+    assert titles[other.wing] == set()

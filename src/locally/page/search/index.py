@@ -23,8 +23,9 @@ from numpy import ndarray
 from sklearn.svm import LinearSVC
 
 from locally.page.search import words as by_words
-from locally.page.search.documents import Document, words_of
+from locally.page.search.documents import Document
 from locally.page.search.meaning import Basis
+from locally.page.search.postings import Postings
 
 RANK_CONSTANT = 60  # of the reciprocal-rank fusion
 NEAR = 0.3  # least cosine at which a paper that has none of the words is shown
@@ -34,11 +35,12 @@ BATCH = 2_000  # papers whose terms are counted at once
 OTHERS = 5_000  # papers that stand for the rest of the collection when a taste is learnt
 PENALTY = 0.01  # C of the support vector machine, small as few examples in many terms want it
 SIMILAR = 10_000  # papers whose likes are remembered
+MANY = 5_000  # papers that take so long to load that nobody should wait
 BUSY = 60.0  # seconds that one process waits for another
 
 TABLES = (
     "create table documents (id integer primary key autoincrement, key text not null unique, stamp text not null, "
-    "card integer not null, terms blob, place blob)",
+    "card integer not null, terms blob, place blob, stems blob, weights blob, length integer)",
     "create table facts (name text primary key, value) without rowid",
     *by_words.TABLES,
 )
@@ -51,11 +53,10 @@ class _Loaded:
     basis: Basis | None = None
     rebuilt: int = -1  # what must be loaded anew when it changes in the file
     last: int = 0  # highest id
-    ids: ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     keys: Sequence[str] = ()
     rows: Mapping[str, int] = field(default_factory=dict)  # by key
     places: Float[ndarray, "papers d"] | None = None
-    terms: sp.csr_array | None = None
+    postings: Postings = field(default_factory=Postings)
 
 
 class Index:
@@ -78,6 +79,9 @@ class Index:
         self._mine = threading.local()
         self._memory = None if file else self._connect()
         self._loaded = _Loaded()
+        self._terms: tuple[_Loaded, sp.csr_array | None] | None = None
+        self._starting = threading.Lock()
+        self._behind: threading.Thread | None = None
         self._similar: dict[tuple[str, int], tuple[_Loaded, list[str]]] = {}
         with self._writing() as connection:
             if not connection.execute("select 1 from sqlite_master where name = 'facts'").fetchone():
@@ -165,16 +169,20 @@ class Index:
 
     # Asking -----------------------------------------------------------------------------------------------------
 
+    def warm(self) -> None:
+        """Read the file now rather than at the first question."""
+        self._load()
+
     def search(self, query: str, limit: int | None = None) -> list[str]:
         """Keys of papers, best first; an empty query finds nothing."""
-        words = words_of(query)[:WORDS]
+        words = by_words.folded(query)[:WORDS]
         if not words:
             return []
         loaded = self._load()
         with self._reading() as connection:
-            found = by_words.search(connection, words)
+            found = by_words.search(connection, loaded.postings, words)
             misspelt = bool(found) and not by_words.knows_any(connection, words)
-        rankings = [_rows(loaded, found)]
+        rankings = [found]
         if not misspelt:  # otherwise the latent space has not seen the words
             rankings.append(_nearest(loaded, query))
         score: dict[int, float] = {}
@@ -192,7 +200,7 @@ class Index:
             return []
         known = self._similar.get((key, limit))
         if known is None or known[0] is not loaded:
-            cosines = loaded.places @ loaded.places[at]
+            cosines = _cosines(loaded.places, loaded.places[at])
             cosines[at] = -np.inf
             if len(self._similar) >= SIMILAR:
                 self._similar.clear()
@@ -205,35 +213,66 @@ class Index:
         The plane is that of a linear support vector machine over TF-IDF, which tells the chosen papers from a sample of
         the rest. Empty where none is chosen, or nothing is left.
         """
-        loaded = self._load()
+        loaded, terms = self._with_terms()
         liked = np.array([loaded.rows[key] for key in sorted(chosen) if key in loaded.rows], dtype=int)
         rest = np.setdiff1d(np.arange(len(loaded.keys)), liked)
-        if not len(liked) or not len(rest) or loaded.terms is None:
+        if not len(liked) or not len(rest) or terms is None:
             return {}
         others = np.random.default_rng(0).choice(rest, min(OTHERS, len(rest)), replace=False)
         rows = np.concatenate([liked, others])
         labels = np.arange(len(rows)) < len(liked)
         machine = LinearSVC(C=PENALTY, class_weight="balanced", random_state=0, max_iter=10_000, tol=1e-6)
-        machine.fit(loaded.terms[rows], labels)
-        distances = machine.decision_function(loaded.terms[rest])
+        machine.fit(terms[rows], labels)
+        distances = machine.decision_function(terms[rest])
         return dict(zip((loaded.keys[i] for i in rest.tolist()), distances.tolist(), strict=True))
 
     # The file ---------------------------------------------------------------------------------------------------
 
     def _load(self) -> _Loaded:
-        """What the file has now; only what is new in it is read."""
+        """What the file has now; only what is new in it is read, and what takes long behind the reader's back."""
+        loaded = self._loaded
         with self._reading() as connection:
             rebuilt = int(_fact(connection, "rebuilt", 0))
             last = connection.execute("select coalesce(max(id), 0) from documents").fetchone()[0]
-            if (rebuilt, last) == (self._loaded.rebuilt, self._loaded.last):
-                return self._loaded
-        with self._lock, self._reading() as connection:
+        if (rebuilt, last) == (loaded.rebuilt, loaded.last):
+            return loaded
+        if len(loaded.keys) > MANY and (rebuilt != loaded.rebuilt or last - loaded.last > MANY):
+            self._load_behind()
+            return loaded
+        return self._load_now()
+
+    def _load_now(self) -> _Loaded:
+        with self._lock, self._snapshot() as connection:
+            self._loaded = _read(connection, self._loaded)
+            return self._loaded
+
+    def _load_behind(self) -> None:
+        with self._starting:
+            if self._behind is None or not self._behind.is_alive():
+                self._behind = threading.Thread(target=self._load_now, daemon=True)
+                self._behind.start()
+
+    def _with_terms(self) -> tuple[_Loaded, sp.csr_array | None]:
+        """All papers with their terms, which are many and only needed to learn a taste."""
+        loaded = self._load()
+        if self._terms is None or self._terms[0] is not loaded:
+            with self._lock, self._snapshot() as connection:
+                loaded = self._loaded = _read(connection, self._loaded)
+                rows = connection.execute("select terms from documents order by id").fetchall()
+            basis = loaded.basis
+            terms = None if basis is None else _unpack([r[0] for r in rows], len(basis.vectorizer.vocabulary_))
+            self._terms = loaded, terms
+        return self._terms
+
+    @contextmanager
+    def _snapshot(self) -> Iterator[sqlite3.Connection]:
+        """One state of the file."""
+        with self._reading() as connection:
             connection.execute("begin")
             try:
-                self._loaded = _read(connection, self._loaded)
+                yield connection
             finally:
                 connection.execute("commit")
-            return self._loaded
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -275,34 +314,30 @@ def _read(connection: sqlite3.Connection, before: _Loaded) -> _Loaded:
     if rebuilt != before.rebuilt or before.basis is None:
         before = _Loaded(Basis.from_bytes(stored), rebuilt)
     assert before.basis is not None
-    statement = "select id, key, terms, place from documents where id > ? order by id"
+    statement = "select id, key, place, stems, weights, length from documents where id > ? order by id"
     rows = connection.execute(statement, (before.last,)).fetchall()
     if not rows:
         return before
-    ids, keys = np.array([row[0] for row in rows]), [row[1] for row in rows]
-    terms = _unpack([row[2] for row in rows], len(before.basis.vectorizer.vocabulary_))
-    places = np.frombuffer(b"".join(row[3] for row in rows), dtype=np.float32).reshape(len(rows), -1)
-    if before.places is not None and before.terms is not None:
-        ids, keys = np.concatenate([before.ids, ids]), [*before.keys, *keys]
-        terms, places = sp.vstack([before.terms, terms], format="csr"), np.concatenate([before.places, places])
-    at = {key: i for i, key in enumerate(keys)}
-    return _Loaded(before.basis, rebuilt, int(ids[-1]), ids, keys, at, places, terms)
-
-
-def _rows(loaded: _Loaded, numbers: Sequence[int]) -> list[int]:
-    """Where these papers stand; those that the file got since are left out."""
-    if not len(loaded.ids):
-        return []
-    at = np.minimum(np.searchsorted(loaded.ids, numbers), len(loaded.ids) - 1)
-    return at[loaded.ids[at] == numbers].tolist()
+    places = np.frombuffer(b"".join(row[2] for row in rows), dtype=np.float32).reshape(len(rows), -1)
+    stems, weights, lengths = zip(*(row[3:] for row in rows), strict=True)
+    if before.places is not None:
+        places = np.concatenate([before.places, places])
+    fresh = enumerate((row[1] for row in rows), len(before.keys))
+    keys = [*before.keys, *(row[1] for row in rows)]
+    at = {**before.rows, **{key: i for i, key in fresh}}
+    postings = before.postings.extended(stems, weights, lengths)
+    return _Loaded(before.basis, rebuilt, rows[-1][0], keys, at, places, postings)
 
 
 def _nearest(loaded: _Loaded, query: str) -> list[int]:
     if loaded.basis is None or loaded.places is None:
         return []
-    place = loaded.basis.places(loaded.basis.terms([query]))[0]
-    cosines = loaded.places @ place
+    cosines = _cosines(loaded.places, loaded.basis.place(query))
     return [i for i in _highest(cosines, NEAREST) if cosines[i] >= NEAR]
+
+
+def _cosines(places: Float[ndarray, "papers d"], place: Float[ndarray, "d"]) -> Float[ndarray, "papers"]:
+    return (places @ place[:, None])[:, 0]  # as a product of matrices, for which BLAS has the faster kernel
 
 
 def _highest(values: Float[ndarray, "papers"], count: int) -> list[int]:

@@ -5,8 +5,10 @@ collection has grown by half.
 """
 
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -20,6 +22,7 @@ from sklearn.preprocessing import normalize
 GROWTH = 1.5  # of the collection since the basis was fitted, at which it is fitted anew
 SAMPLE = 10_000  # papers that the basis is fitted to at most
 TERMS = 40_000  # words and pairs of words that are told apart at most
+LEAST = 1e-6  # length of what is more than an error of rounding
 LEAST_DIMENSIONS, MOST_DIMENSIONS = 24, 128
 
 
@@ -46,8 +49,11 @@ class Basis:
         vectorizer = _vectorizer(max_features=TERMS)
         try:
             matrix = vectorizer.fit_transform(chosen)
+            terms = set(vectorizer.vocabulary_)
         except ValueError:  # nothing but stop words
-            vectorizer = _vectorizer(vocabulary=["paper"])
+            terms = set()
+        if len(terms) < 2:  # too few for a decomposition
+            vectorizer = _vectorizer(vocabulary=sorted(terms | {"paper", "papers"}))
             matrix = vectorizer.fit_transform(["paper"])
         svd = TruncatedSVD(dimensions(len(chosen), matrix.shape[1]), random_state=0)
         with np.errstate(invalid="ignore"):  # one paper alone explains none of its own variance
@@ -65,6 +71,20 @@ class Basis:
     def places(self, terms: sp.csr_array) -> Float[ndarray, "papers d"]:
         """Unit vectors, or zero for what has no term of ours."""
         return normalize(np.asarray(terms @ self.components.T, dtype=np.float32))
+
+    def place(self, text: str) -> Float[ndarray, "d"]:
+        """As `places` gives it for one text, without what it takes to be fast for many."""
+        known = self.vectorizer.vocabulary_
+        counts = Counter(known[term] for term in self._analyse(text) if term in known)
+        at = np.array(list(counts), dtype=np.int64)
+        weights = (1 + np.log(list(counts.values()))) * self.vectorizer.idf_[at]
+        place = self.components[:, at] @ (weights / max(float(np.linalg.norm(weights)), LEAST))
+        length = float(np.linalg.norm(place))
+        return (place / length if length > LEAST else np.zeros_like(place)).astype(np.float32)
+
+    @cached_property
+    def _analyse(self) -> Callable[[str], list[str]]:
+        return self.vectorizer.build_analyzer()
 
     def to_bytes(self) -> bytes:
         file = io.BytesIO()

@@ -80,13 +80,13 @@ function shown(button, on) {
 
 function marking() {
   document.addEventListener("submit", async (event) => {
-    const form = event.target.closest("form[data-marks]");
+    const form = event.target.closest("form[data-marks]"); // one for all papers: the button says which
     const button = event.submitter;
     if (!form || !button) return;
     event.preventDefault();
     const fields = new FormData(form);
     fields.set("mark", button.value);
-    const answer = await fetch(form.action, {
+    const answer = await fetch(button.formAction, {
       method: "POST", body: new URLSearchParams(fields), headers: { Accept: "application/json" },
     });
     const now = await answer.json();
@@ -97,7 +97,7 @@ function marking() {
     shown(button, now.on);
     const count = button.querySelector(".count");
     if (count) count.textContent = now.count;
-    const later = form.querySelector('button[value="-later"]');
+    const later = button.parentElement.querySelector('button[value="-later"]');
     if (now.mark === "read" && now.on && later) shown(later, false); // what is read waits no longer
   });
 }

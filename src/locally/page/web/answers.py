@@ -8,6 +8,7 @@ from urllib.parse import parse_qsl
 from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse
+from markupsafe import Markup
 from pydantic import Field
 
 from locally.page.limits import Allowance, retry_after, sender
@@ -34,6 +35,10 @@ class Answers:
         if COOKIE not in request.cookies:
             response.set_cookie(COOKIE, key, httponly=True, samesite="lax")
         return response
+
+    def part(self, template: str, **values: Any) -> Markup:
+        """A piece of a page that is the same for all readers."""
+        return Markup(self.environment.get_template(template).render(values))
 
     async def problem(self, request: Request, error: Exception) -> Response:
         status, text = getattr(error, "status_code", 500), str(getattr(error, "detail", "something went wrong"))

@@ -1,21 +1,26 @@
 """The application as a whole: its rooms, who is let in, and the server that it runs in."""
 
 import asyncio
-import secrets
+import gc
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import cache
 from importlib import resources
 from urllib.parse import urlencode, urlsplit
 
 import uvicorn
+from anyio import to_thread
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, RedirectResponse
+from fastapi.responses import HTMLResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from threadpoolctl import threadpool_limits
 
 from locally.errors import UsageError
 from locally.page import LOOPBACK
+from locally.page.feed import entity_tag
 from locally.page.limits import BodyLimit
 from locally.page.mail import settings
 from locally.page.queue import Queue
@@ -25,22 +30,16 @@ from locally.page.store import Store
 from locally.page.trending import Trending
 from locally.page.web.answers import BODY_LIMIT, Answers
 from locally.page.web.feed import Feed
+from locally.page.web.guard import Guard
 from locally.page.web.identity import Identity
 from locally.page.web.lines import Lines
 from locally.page.web.reading import Reading
 from locally.page.web.running import Running
-from locally.page.web.subscribing import OPEN, Subscribing
+from locally.page.web.subscribing import Subscribing
 from locally.page.web.taking_part import TakingPart
 
-TOKEN_COOKIE = "locally-token"
-HEADERS = {
-    # plots carry their styles inline, hence 'unsafe-inline' there; scripts come from a file of ours only
-    "Content-Security-Policy": "default-src 'none'; style-src 'self' 'unsafe-inline'; script-src 'self'; "
-    "img-src 'self' data:; connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "same-origin",
-    "Cross-Origin-Opener-Policy": "same-origin",
-}
+AT_ONCE = 4  # pages in the making: they want the one interpreter, so that more would only make all of them late
+SWITCH = 0.001  # seconds for which one of them may keep it from the others
 
 
 def create_app(
@@ -70,18 +69,25 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        to_thread.current_default_thread_limiter().total_tokens = AT_ONCE
         queue.start()
         yield
         await asyncio.to_thread(queue.close)
         await asyncio.to_thread(trending.flush)
 
+    def warm() -> None:
+        cards = shelf.warm()
+        lines.markup(lines.of(list(cards), cards))
+        trending.scores()
+
     app = FastAPI(lifespan=lifespan, title="Locally", openapi_url=None, docs_url=None, redoc_url=None)
     mail = settings()
     if mail is not None:
         hosts = (*hosts, urlsplit(mail.url).hostname or "")  # where the links in mails lead
+    app.state.warm = warm
     app.add_middleware(BodyLimit, limit=BODY_LIMIT)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*(h.strip("[]") for h in hosts), *hosts])
-    app.middleware("http")(_guarded(token, identity))
+    app.add_middleware(Guard, token=token, identity=identity)
     app.get("/", response_class=HTMLResponse)(Feed(shelf, queue, lines, trending, answers).feed)
     app.include_router(Reading(store, shelf, queue, lines, trending, answers).router())
     app.include_router(Running(shelf, queue).router())
@@ -111,6 +117,10 @@ def serve(
         uvicorn.Config(app, host=host.strip("[]"), port=port, log_level="warning", timeout_graceful_shutdown=3)
     )
 
+    sys.setswitchinterval(SWITCH)
+    threadpool_limits(1)  # products of a page's size lose by waiting for a second core, which an experiment has
+    threading.Thread(target=_settle, args=(app.state.warm,), daemon=True).start()
+
     async def run() -> None:
         serving = asyncio.create_task(server.serve())
         while not server.started and not serving.done():
@@ -128,31 +138,11 @@ def serve(
             raise UsageError(f"cannot listen on {host}:{port}: it is in use, or not ours") from None
 
 
-def _guarded(
-    token: str | None, identity: Identity
-) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    async def guard(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if request.url.path.startswith(OPEN):
-            response: Response = await call_next(request)
-        elif token is not None and not _knows(request, token):
-            response = Response("this page needs its token: open the address that `locally serve` printed", 401)
-        elif identity.user_header and not identity.user(request):
-            response = Response(f"this page is for people whom a reverse proxy names in {identity.user_header}", 401)
-        elif token is not None and "token" in request.query_params:
-            response = RedirectResponse(request.url.path, 303)  # keep the secret out of the address bar
-            response.set_cookie(TOKEN_COOKIE, token, httponly=True, samesite="strict")
-        else:
-            response = await call_next(request)
-        response.headers.update(HEADERS)
-        return response
-
-    return guard
-
-
-def _knows(request: Request, token: str) -> bool:
-    bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-    offered = (request.query_params.get("token", ""), request.cookies.get(TOKEN_COOKIE, ""), bearer)
-    return any(secrets.compare_digest(o.encode(), token.encode()) for o in offered)
+def _settle(warm: Callable[[], None]) -> None:
+    """Load what the first readers would wait for; it stays, so that no collection of garbage need look at it again."""
+    warm()
+    gc.collect()
+    gc.freeze()
 
 
 STATIC: Mapping[str, tuple[str, Callable[[], str]]] = {
@@ -164,11 +154,21 @@ STATIC: Mapping[str, tuple[str, Callable[[], str]]] = {
 }
 
 
-def _static(name: str) -> Response:
+async def _static(name: str, request: Request) -> Response:
+    """A file that all pages have; a browser that has it asks only whether it is the same still."""
     if name not in STATIC:
         raise HTTPException(404, f"there is no file {name}")
-    kind, read = STATIC[name]
-    return Response(read(), media_type=kind, headers={"Cache-Control": "no-cache"})
+    body, tag = _file(name)
+    headers = {"Cache-Control": "no-cache", "ETag": tag}
+    if request.headers.get("if-none-match", "") == tag:
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type=STATIC[name][0], headers=headers)
+
+
+@cache
+def _file(name: str) -> tuple[bytes, str]:
+    body = STATIC[name][1]().encode()
+    return body, entity_tag(body)
 
 
 def say_where(address: str) -> None:

@@ -1,7 +1,7 @@
 """The feed: which papers, in which order, on which page, as the address says."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from datetime import date, timedelta
 from typing import Any
 from urllib.parse import urlencode
@@ -10,7 +10,6 @@ from fastapi import HTTPException, Request, Response
 
 from locally.errors import UsageError
 from locally.evidence import Paper
-from locally.page.glance import last_runs
 from locally.page.library import Chosen, Order, Period, Span
 from locally.page.limits import Allowance
 from locally.page.people import Belongings, Kind
@@ -71,8 +70,8 @@ class Asked:
 
     def address(self, **changes: Any) -> str:
         """The address of this feed with something changed, on its first page unless that is said."""
-        asked = replace(self, **{"page": 1} | changes)
-        query = {name: value for name, value in asdict(asked).items() if value != getattr(Asked, name)}
+        said = vars(self) | {"page": 1} | changes
+        query = {name: value for name, value in said.items() if value != getattr(Asked, name)}
         return "/?" + urlencode(query) if query else "/"
 
 
@@ -109,7 +108,7 @@ class Feed:
             enough(self.searches, request)
         me = self.answers.identity.of(request)
         kept = self.lines.people.belongings(me)
-        cards, last = self.shelf.refresh(), last_runs()
+        cards, last = self.shelf.refresh(), self.lines.last_runs()
         labels = {slug: label_of(paper, last.get(slug)) for slug, paper in cards.items()}
         span = Span.of(Period(period), self._day(day))
         keys = self._keys(asked, cards, kept, span)
@@ -126,7 +125,7 @@ class Feed:
             "list.html" if request.headers.get("x-part") == "list" else "feed.html",
             me=me,
             asked=asked,
-            lines=self.lines.of(shown, cards, kept),
+            lines=self.lines.markup(self.lines.of(shown, cards, kept)),
             tally=counts,
             total=len(keys),
             pages=pages,
@@ -151,7 +150,8 @@ class Feed:
             among = set(keys) if among is None else among & set(keys)
 
         found = self.shelf.index.search(asked.q, FOUND) if asked.q.strip() else None
-        if found is not None:
+        by_relevance = found is not None and asked.order == Order.NUMBER  # the order of search itself
+        if found is not None and not by_relevance:
             only(found)
         if asked.wing:
             only([slug for slug, paper in cards.items() if paper.wing == asked.wing])
@@ -178,12 +178,10 @@ class Feed:
         elif asked.order == Order.TOP:
             scores = self.lines.people.votes()
         elif asked.order == Order.RAN:
-            order = sorted((run.started, slug) for slug, run in last_runs().items())
+            order = sorted((run.started, slug) for slug, run in self.lines.last_runs().items())
             scores = {slug: place for place, (_, slug) in enumerate(order, 1)}
         keys = self.shelf.library.keys(Order(asked.order), span, among=among, without=without, scores=scores)
-        if found is not None and asked.order == Order.NUMBER:  # the order of search itself: by relevance
-            keys = keys.ordered(found)
-        return keys
+        return keys.ordered(found) if found is not None and by_relevance else keys
 
     def _taste(self, kept: Belongings) -> dict[str, float]:
         chosen = frozenset(key for key, tags in kept.tags.items() if tags)
