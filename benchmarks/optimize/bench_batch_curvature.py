@@ -17,7 +17,8 @@ from benchmarks.harness import Comparison, compare, growth
 from locally.linalg.curvature import Batch
 from locally.linalg.lanczos import ExtremeEigenvalues
 from locally.optimize.batch_curvature import BatchCurvature, LearningRateSweep
-from locally.papers.batch_learning_rates import CROSS_ENTROPY, digits, perceptron, train_on_all
+from locally.optimize.batch_curvature.networks import perceptron, train_on_all
+from locally.papers.batch_learning_rates import CROSS_ENTROPY, digits
 
 PEERS = Path(__file__).parents[1] / ".peers" / "pyhessian"
 

@@ -131,9 +131,18 @@ def test_two_islands_are_named_not_averaged():
 def test_too_few_sweeps_end_in_a_status():
     mdp = riverswim(10)
     assert solve_average_reward(mdp.P, mdp.R, method="rvi", max_iter=5).status is Status.ITERATION_LIMIT
-    seen = []
-    solve_average_reward(mdp.P, mdp.R, method="rvi", callback=lambda n, width: bool(seen.append(n)) or n == 3)
+
+
+def test_a_solve_that_the_callback_ends_says_so():
+    mdp, seen = riverswim(10), []
+    found = solve_average_reward(mdp.P, mdp.R, method="rvi", callback=lambda n, width: bool(seen.append(n)) or n == 3)
     assert seen == [1, 2, 3]
+    assert (found.status, found.n_iter, found.success) == (Status.STOPPED, 3, False)
+    long = riverswim(100)  # policy iteration goes up the river for twelve rounds
+    found = solve_average_reward(long.P, long.R, callback=lambda n, residual: n == 2)
+    assert (found.status, found.n_iter) == (Status.STOPPED, 2)
+    found = solve_average_reward(mdp.P, mdp.R, callback=lambda n, residual: True)  # had converged by then
+    assert (found.status, found.n_iter) == (Status.CONVERGED, 1)
 
 
 @pytest.mark.parametrize("n", [6, 20, 40])

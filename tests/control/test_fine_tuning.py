@@ -232,6 +232,26 @@ def test_state_of_another_learner_is_refused():
         learner().load_state_dict(learner(log_of(3)).state_dict())
 
 
+def test_a_damaged_state_is_refused_and_changes_nothing():
+    agent = learner()
+    agent.run(MDP, callback=lambda episodes, _: episodes >= 50)
+    before = agent.state_dict()
+    arrays = before["arrays"]
+    for damaged, message in (
+        ({"arrays": arrays | {"seen": arrays["seen"][:1]}}, "seen"),
+        ({"arrays": arrays | {"upper": np.zeros(1)}}, "upper"),
+        ({"alive": before["alive"] + 10**6}, "alive"),
+        ({"alive": before["alive"][:0]}, "alive"),
+        ({"status": "asleep"}, "asleep"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            agent.load_state_dict(before | {"phase": 7} | damaged)
+    after = agent.state_dict()
+    assert after["progress"] == before["progress"]
+    for name, array in after["arrays"].items():
+        np.testing.assert_array_equal(array, arrays[name])
+
+
 def test_plays_in_gymnasium_until_it_is_certified():
     gymnasium = pytest.importorskip("gymnasium")
     from locally.control.environments import worlds  # noqa: F401 - registers

@@ -194,6 +194,8 @@ def test_the_optimistic_agent_learns_and_resumes():
     np.testing.assert_array_equal(twin.greedy_policy(), agent.greedy_policy())
     with pytest.raises(ValueError, match="shape"):
         LSVIUCB(np.eye(2).reshape(1, 1, 2, 2)).load_state_dict(agent.state_dict())
+    with pytest.raises(ValueError, match="covariance"):
+        agent.load_state_dict(agent.state_dict() | {"covariance": np.eye(2)})
     for bad, message in (((0, 0), "reward"), ((2, 0), "layer"), ((0, 3), "state")):
         with pytest.raises(ValueError, match=message):
             agent.observe(bad, 0, 2.0, (1, 0))

@@ -3,7 +3,6 @@
 import sys
 from types import SimpleNamespace
 
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -11,17 +10,6 @@ from locally.catalogue import load
 from locally.evidence import MissingData, Outcome, Run, Scale, judge
 from locally.optimize.constrained import hock_schittkowski
 from locally.papers import adasketch_newton as paper
-
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0, 1))
-    jaxtyping.config.update("jaxtyping_disable", True)  # shape checks take longer than the experiment
-    try:
-        paper.experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def test_quick_scale_bears_out_what_it_can_decide(quick):

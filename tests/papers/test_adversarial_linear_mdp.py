@@ -1,6 +1,5 @@
 """The experiment at quick scale, that it repeats itself, and what its claims stand on."""
 
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -27,17 +26,6 @@ from locally.papers.adversarial_linear_mdp import (
 )
 
 SMALL = Study(episodes=(60, 120), tuning_episodes=60, tuning_processes=1, cases=500)
-
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0, 1))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def test_quick_scale_bears_out_what_it_can_decide(quick):

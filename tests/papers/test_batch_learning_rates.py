@@ -1,6 +1,5 @@
 """The experiment at quick scale, its noise matrices against dense ones, the sweeps and the full-size study in small."""
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -9,18 +8,10 @@ from torch import nn
 from locally.catalogue import BUILT_IN, read_card
 from locally.errors import UsageError
 from locally.evidence import Outcome, Run, Scale, judge
+from locally.optimize.batch_curvature.images import normalised
+from locally.optimize.batch_curvature.networks import WideResNet, perceptron, train_on_all, vgg16
+from locally.optimize.batch_curvature.random_matrices import spiked_covariance_top, spiked_wigner_extreme
 from locally.papers import batch_learning_rates as paper
-
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0, 1))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        paper.experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +50,7 @@ def test_tridiagonal_noise_has_the_distribution_of_the_dense(spike):
         A = (noise + noise.T) / np.sqrt(2 * 20)
         A[0, 0] += spike
         dense.append(np.linalg.eigvalsh(A)[-1 if spike > 0 else 0])
-    drawn = [paper.spiked_wigner_extreme(40, 20, spike, rng) for _ in range(2000)]
+    drawn = [spiked_wigner_extreme(40, 20, spike, rng) for _ in range(2000)]
     assert np.mean(drawn) == pytest.approx(np.mean(dense), abs=4 * np.std(dense) / np.sqrt(200))
     assert np.std(drawn) == pytest.approx(np.std(dense), rel=0.2)
 
@@ -71,7 +62,7 @@ def test_tridiagonal_covariances_have_the_distribution_of_the_dense():
         examples = rng.standard_normal((15, 30))
         examples[:, 0] *= np.sqrt(6.0)
         dense.append(np.linalg.norm(examples, 2) ** 2 / 15)
-    drawn = [paper.spiked_covariance_top(30, 15, 6.0, rng) for _ in range(2000)]
+    drawn = [spiked_covariance_top(30, 15, 6.0, rng) for _ in range(2000)]
     assert np.mean(drawn) == pytest.approx(np.mean(dense), abs=4 * np.std(dense) / np.sqrt(200))
     assert np.std(drawn) == pytest.approx(np.std(dense), rel=0.2)
 
@@ -104,8 +95,8 @@ def test_sweeps_and_learner_record_every_seed(card, without_shape_checks):
 def test_adams_numeric_limit_grows_with_the_batch_where_noise_dominates(without_shape_checks):
     """Far below the knee the limit grows; beyond it only the second moments still fall."""
     data = paper.digits()
-    model = paper.perceptron(64, 16, 10, seed=0)
-    paper.train_on_all(model, data, steps=20)
+    model = perceptron(64, 16, 10, seed=0)
+    train_on_all(model, data, steps=20)
     small, large = (paper.adam_prediction(model, data, size, seed=0, steps=30) for size in (64, 1797))
     assert 0 < large < small
 
@@ -138,7 +129,7 @@ def test_loader_reads_the_binary_format(cifar):
     assert images.dtype == torch.uint8
     assert labels.tolist() == [i % 4 for i in range(64)]
     assert (images[2] == 128).all()
-    assert float(paper.normalised(images).mean()) == pytest.approx(-0.43, abs=0.1)
+    assert float(normalised(images).mean()) == pytest.approx(-0.43, abs=0.1)
 
 
 def test_missing_and_damaged_data_are_named(tmp_path):
@@ -169,10 +160,10 @@ def test_full_study_runs_on_a_small_file_of_the_format(cifar, card, without_shap
 
 def test_the_papers_networks_have_their_shapes():
     images = torch.zeros(2, 3, 32, 32)
-    vgg = paper.vgg16()
+    vgg = vgg16()
     assert vgg(images).shape == (2, 100)
     assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in vgg) == 16
-    wide = paper.WideResNet(28, 10)
+    wide = WideResNet(28, 10)
     assert sum(p.numel() for p in wide.parameters()) == pytest.approx(36.5e6, rel=0.01)
     with torch.no_grad():
-        assert paper.WideResNet(10, 1).eval()(images).shape == (2, 100)
+        assert WideResNet(10, 1).eval()(images).shape == (2, 100)

@@ -1,6 +1,5 @@
 """The experiment at quick scale, its measures against their definitions, the full-size study's wiring."""
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -25,17 +24,6 @@ from locally.papers.convergent_graph_solver import (
 from locally.solvers.convergent_graph import CGS
 
 SHORT = Training(updates=2, graphs=2, fresh=1, lr=1e-3, cycle=2)
-
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0, 1))
-    jaxtyping.config.update("jaxtyping_disable", True)  # shape checks take longer than the experiment
-    try:
-        experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def values(run, **wanted):

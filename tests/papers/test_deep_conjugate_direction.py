@@ -1,6 +1,5 @@
 """The experiment at quick scale, what it records, the full-size study's wiring on small files."""
 
-import jaxtyping
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -17,17 +16,6 @@ from locally.solvers.conjugate_direction import (
     save_network,
 )
 from locally.solvers.conjugate_direction.checkpoint import pretrained_path
-
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0, 1))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        paper.experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def values(run, method, metric, **setting):

@@ -2,7 +2,6 @@
 
 import gzip
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -18,18 +17,6 @@ def card():
     return read_card(BUILT_IN / "dp_stationary_points.toml")
 
 
-@pytest.fixture(scope="module")
-def run():
-    run = Run(scale="quick", seeds=[0, 1])
-    # The methods' own tests check shapes; in thousands of small steps the checks would take longer than the steps.
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        paper.experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
-
-
 def values(run, method, metric):
     return [m.value for m in run.measures if (m.method, m.metric) == (method, metric)]
 
@@ -39,31 +26,31 @@ def idx(array):
     return gzip.compress(header + array.astype(np.uint8).tobytes())
 
 
-def test_card_can_be_judged_on_what_the_experiment_records(run, card):
-    verdict = judge(card.claims, run.measures, run.scale)
+def test_card_can_be_judged_on_what_the_experiment_records(quick, card):
+    verdict = judge(card.claims, quick.measures, quick.scale)
     decided = [f for f in verdict.findings if f.outcome is not Outcome.NEEDS_SCALE]
     assert len(decided) == 2
     assert all(f.seeds == 2 and f.outcome is Outcome.HOLDS for f in decided)
-    recorded = {(m.method, m.metric) for m in run.measures}
+    recorded = {(m.method, m.metric) for m in quick.measures}
     assert all((c.method, c.metric) in recorded for c in card.claims if "MNIST" not in c.metric)
 
 
-def test_theory_stands_beside_what_was_measured(run):
+def test_theory_stands_beside_what_was_measured(quick):
     metric = "exponent of the gradient norm in epsilon"
-    assert values(run, "Private SpiderBoost, theory", metric) == [pytest.approx(-2 / 3)]
-    assert values(run, "noisy gradient descent, theory", metric) == [pytest.approx(-1 / 2)]
-    assert max(values(run, paper.SPIDER, metric)) < min(values(run, paper.DESCENT, metric)) < 0
+    assert values(quick, "Private SpiderBoost, theory", metric) == [pytest.approx(-2 / 3)]
+    assert values(quick, "noisy gradient descent, theory", metric) == [pytest.approx(-1 / 2)]
+    assert max(values(quick, paper.SPIDER, metric)) < min(values(quick, paper.DESCENT, metric)) < 0
 
 
-def test_figures_are_drawn(run):
-    assert len(run.figures) == 3
-    assert all(f.svg.startswith("<svg") and f.png for f in run.figures)
+def test_figures_are_drawn(quick):
+    assert len(quick.figures) == 3
+    assert all(f.svg.startswith("<svg") and f.png for f in quick.figures)
 
 
 def test_the_same_seed_gives_the_same_records():
     first, second = (Run(scale="quick", seeds=[3]) for _ in range(2))
     for run in (first, second):
-        paper.low_rank(run)
+        paper.together(run, [paper.low_rank(run)])
     assert first.measures == second.measures
 
 

@@ -1,6 +1,5 @@
 """The experiment at quick scale, its logs, and the full-size study of linear processes on small ones."""
 
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -9,22 +8,13 @@ from locally.control.environments import random_episodic_linear_mdp
 from locally.evidence import Outcome, Run, Scale, judge
 from locally.papers import ftpedel as paper
 
+SEEDS = (100, 101)
+
 
 @pytest.fixture(scope="module")
 def card():
     (found,) = (paper for paper in load() if paper.slug == "ftpedel")
     return found
-
-
-@pytest.fixture(scope="module")
-def quick():
-    run = Run(scale="quick", seeds=(100, 101))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        paper.experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def values(run, method, metric, **setting):

@@ -1,6 +1,5 @@
 """The experiment at quick scale, SciPy's solvers under its stopping rule, the full-size study's wiring."""
 
-import jaxtyping
 import numpy as np
 import pytest
 from sklearn.datasets import dump_svmlight_file
@@ -22,17 +21,6 @@ from locally.papers.gradient_normalized_smoothness import (
     experiment,
     scipy_descent,
 )
-
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0, 1))
-    jaxtyping.config.update("jaxtyping_disable", True)  # shape checks take longer than the experiment
-    try:
-        experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def card():

@@ -9,32 +9,25 @@ from locally.evidence import Outcome, Run, Scale, judge
 from locally.papers import halpern
 
 
-@pytest.fixture(scope="module")
-def run():
-    run = Run(scale="quick", seeds=[0, 1])
-    halpern.experiment(run)
-    return run
-
-
-def test_every_claim_finds_its_measures(run):
+def test_every_claim_finds_its_measures(quick):
     paper = catalogue.find(catalogue.load(), "halpern")
-    verdict = judge(paper.claims, run.measures, Scale.QUICK)
+    verdict = judge(paper.claims, quick.measures, Scale.QUICK)
     decided = [f for f in verdict.findings if f.outcome is not Outcome.NEEDS_SCALE]
     assert len(decided) == 3
     assert all(f.seeds == 2 for f in decided)
     assert not any(f.outcome is Outcome.FAILS for f in decided)
-    known = {(m.method, m.metric) for m in run.measures}
+    known = {(m.method, m.metric) for m in quick.measures}
     later = [c for c in paper.claims if "digits" not in c.metric]
     assert all((c.method, c.metric) in known for c in later)
 
 
-def test_figures_are_drawn(run):
-    assert len(run.figures) == 4
-    assert all(f.svg.startswith("<svg") and f.png for f in run.figures)
+def test_figures_are_drawn(quick):
+    assert len(quick.figures) == 4
+    assert all(f.svg.startswith("<svg") and f.png for f in quick.figures)
 
 
-def test_linear_programming_solves_the_games(run):
-    gaps = {m.method: m.value for m in run.measures if m.metric == "duality gap, game"}
+def test_linear_programming_solves_the_games(quick):
+    gaps = {m.method: m.value for m in quick.measures if m.metric == "duality gap, game"}
     assert gaps["linear programming (SciPy, HiGHS)"] < 1e-7
     assert min(gaps.values()) > -1e-9
 

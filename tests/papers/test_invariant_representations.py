@@ -8,12 +8,7 @@ from locally.errors import UsageError
 from locally.evidence import Outcome, Run, judge
 from locally.papers import invariant_representations as paper
 
-
-@pytest.fixture(scope="module")
-def run():
-    run = Run(scale="quick", seeds=[3, 4])
-    paper.experiment(run)
-    return run
+SEEDS = (3, 4)
 
 
 def values(run, method, metric, **setting):
@@ -24,31 +19,31 @@ def values(run, method, metric, **setting):
     ]
 
 
-def test_card_can_be_judged_on_what_the_experiment_records(run):
+def test_card_can_be_judged_on_what_the_experiment_records(quick):
     card = read_card(BUILT_IN / "invariant_representations.toml")
-    recorded = {(m.method, m.metric) for m in run.measures}
+    recorded = {(m.method, m.metric) for m in quick.measures}
     assert all((c.method, c.metric) in recorded for c in card.claims if c.scale != "paper")
-    verdict = judge(card.claims, run.measures, run.scale)
+    verdict = judge(card.claims, quick.measures, quick.scale)
     assert not any(f.outcome is Outcome.FAILS for f in verdict.findings)
-    assert {f.name for f in run.figures} == {"bounds", "risks"}
+    assert {f.name for f in quick.figures} == {"bounds", "risks"}
 
 
-def test_violations_vanish_with_environments(run):
+def test_violations_vanish_with_environments(quick):
     for d in (8, 24):
         metric = f"violated share of unseen interventions, {d} covariates"
-        few, many = (np.mean(values(run, paper.SUBSET, metric, environments=n)) for n in (1, 16))
+        few, many = (np.mean(values(quick, paper.SUBSET, metric, environments=n)) for n in (1, 16))
         assert many < 0.1 * few
 
 
-def test_invariance_costs_risk_inside_the_law_and_saves_it_outside(run):
+def test_invariance_costs_risk_inside_the_law_and_saves_it_outside(quick):
     inside, outside = "mean risk", "95 % quantile of risk, strong interventions"
-    assert np.mean(values(run, paper.SUBSET, inside)) > np.mean(values(run, paper.ERM, inside))
-    assert np.mean(values(run, paper.SUBSET, outside)) < np.mean(values(run, paper.ERM, outside))
+    assert np.mean(values(quick, paper.SUBSET, inside)) > np.mean(values(quick, paper.ERM, inside))
+    assert np.mean(values(quick, paper.SUBSET, outside)) < np.mean(values(quick, paper.ERM, outside))
 
 
-def test_every_method_is_recorded_on_every_quartile(run):
+def test_every_method_is_recorded_on_every_quartile(quick):
     for method in (paper.ERM, paper.AUTOMATIC, paper.IRM, paper.ICP, paper.ANCHOR):
-        found = values(run, method, "error / variance, held-out age quartile")
+        found = values(quick, method, "error / variance, held-out age quartile")
         assert len(found) == 4
         assert np.isfinite(found).all()
 

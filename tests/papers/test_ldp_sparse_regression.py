@@ -8,6 +8,8 @@ from locally.errors import UsageError
 from locally.evidence import Outcome, Run, judge
 from locally.papers import ldp_sparse_regression as paper
 
+SEEDS = (7, 8)
+
 pytestmark = pytest.mark.filterwarnings("ignore::locally.privacy.regression.NotPrivateWarning")
 
 ROWS = """-122.23,37.88,41.0,880.0,129.0,322.0,126.0,8.3252,452600.0
@@ -16,23 +18,16 @@ ROWS = """-122.23,37.88,41.0,880.0,129.0,322.0,126.0,8.3252,452600.0
 """
 
 
-@pytest.fixture(scope="module")
-def run():
-    run = Run(scale="quick", seeds=[7, 8])
-    paper.experiment(run)
-    return run
-
-
 def values(run, method, metric):
     return [m.value for m in run.measures if (m.method, m.metric) == (method, metric)]
 
 
-def test_card_can_be_judged_on_what_the_experiment_records(run):
+def test_card_can_be_judged_on_what_the_experiment_records(quick):
     card = read_card(BUILT_IN / "ldp_sparse_regression.toml")
-    verdict = judge(card.claims, run.measures, run.scale)
+    verdict = judge(card.claims, quick.measures, quick.scale)
     assert all(f.seeds == 2 for f in verdict.findings if f.outcome is not Outcome.NEEDS_SCALE)
     assert not any(f.outcome is Outcome.FAILS for f in verdict.findings)
-    assert len({f.name for f in run.figures}) == 3
+    assert len({f.name for f in quick.figures}) == 3
 
 
 def test_the_same_seeds_give_the_same_records():
@@ -43,14 +38,14 @@ def test_the_same_seeds_give_the_same_records():
     assert first.measures == second.measures
 
 
-def test_damaged_reports_are_counted_and_left_out(run):
-    assert values(run, paper.PUBLIC, "damaged reports that were averaged in") == [0.0, 0.0]
-    assert values(run, paper.PUBLIC, "reports rejected") == [400.0, 400.0]
+def test_damaged_reports_are_counted_and_left_out(quick):
+    assert values(quick, paper.PUBLIC, "damaged reports that were averaged in") == [0.0, 0.0]
+    assert values(quick, paper.PUBLIC, "reports rejected") == [400.0, 400.0]
 
 
-def test_thresholding_and_public_features_order_the_slopes(run):
+def test_thresholding_and_public_features_order_the_slopes(quick):
     metric = "slope of log error over log dimension"
-    nldp, public, raw = (np.mean(values(run, m, metric)) for m in (paper.NLDP, paper.PUBLIC, paper.RAW))
+    nldp, public, raw = (np.mean(values(quick, m, metric)) for m in (paper.NLDP, paper.PUBLIC, paper.RAW))
     assert raw > nldp + 0.2 > public + 0.4
 
 

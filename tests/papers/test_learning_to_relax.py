@@ -1,6 +1,5 @@
 """The experiment at quick scale, its set-up against closed forms and a direct solve, the full-size study's wiring."""
 
-import jaxtyping
 import numpy as np
 import pytest
 from scipy.sparse.linalg import spsolve
@@ -16,17 +15,6 @@ from locally.papers.learning_to_relax import (
     laplacian,
     ucb1_on_table,
 )
-
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0, 1))
-    jaxtyping.config.update("jaxtyping_disable", True)  # shape checks take six times as long as the experiment
-    try:
-        experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def test_quick_scale_bears_out_what_it_can_decide(quick):

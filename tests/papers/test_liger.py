@@ -3,7 +3,6 @@
 import json
 import shutil
 
-import jaxtyping
 import pytest
 import torch
 
@@ -34,13 +33,10 @@ def card():
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Run:
+def tiny(shapes_unchecked) -> Run:
     run = Run(scale="default", seeds=(100, 101))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
+    with shapes_unchecked():
         paper.carry_out(run, TINY)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
     return run
 
 

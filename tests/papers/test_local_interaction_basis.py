@@ -5,7 +5,6 @@ import os
 import zipfile
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -16,17 +15,6 @@ from locally.catalogue import load
 from locally.evidence import MissingData, Outcome, Run, Scale, judge
 from locally.papers import local_interaction_basis as paper
 from locally.tangent.interaction_basis import addition_transformer, load_addition_transformer
-
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0, 1))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        paper.experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def test_quick_scale_bears_out_what_it_can_decide(quick):

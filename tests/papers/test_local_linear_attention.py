@@ -1,6 +1,5 @@
 """The experiment at quick scale, its set-up against closed forms, the full-size study's wiring on small sizes."""
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -10,16 +9,7 @@ from locally.evidence import Outcome, Run, Scale, judge
 from locally.papers import local_linear_attention as paper
 from locally.papers.local_linear_attention import BASELINES, GRIDS, LLA, MESA, Memory, Study, Tracker
 
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(100, 101))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        paper.experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
+SEEDS = (100, 101)
 
 
 def test_quick_scale_records_what_its_claims_read(quick):

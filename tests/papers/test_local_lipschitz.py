@@ -4,7 +4,6 @@ import gzip
 import io
 import zipfile
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -27,15 +26,12 @@ from locally.papers.local_lipschitz import (
 
 
 @pytest.fixture(scope="module")
-def small():
+def small(shapes_unchecked):
     """Every part of the experiment once, on one seed."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        run = Run(scale="default", seeds=(0,))
+    run = Run(scale="default", seeds=(0,))
+    with shapes_unchecked():
         carry_out(run, Study(((3, 32), (6, 32)), 4000, 3, 40, 300, digits=2, instances=3, exact_width=4))
-        return run
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
+    return run
 
 
 def test_what_does_not_depend_on_luck_holds(small):

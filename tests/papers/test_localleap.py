@@ -2,7 +2,6 @@
 
 import json
 
-import jaxtyping
 import pytest
 import torch
 
@@ -15,17 +14,6 @@ from locally.sequence.diffusion_decoding import build, save
 transformers = pytest.importorskip("transformers")
 
 TINY = Study(2, 2, width=16, layers=1, steps=3, prompts=4, maxima_steps=2)
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory):
-    run = Run(scale="quick", seeds=(0, 1), scratch=tmp_path_factory.mktemp("scratch"))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        paper.experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def value(run, method, metric, seed=0):

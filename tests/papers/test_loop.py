@@ -1,23 +1,11 @@
 """The experiment at quick scale, the wiring of the full-size study, and that the same seeds give the same figures."""
 
-import jaxtyping
 import numpy as np
 import pytest
 
 from locally.catalogue import load
 from locally.evidence import Outcome, Run, Scale, judge
 from locally.papers.loop import Study, carry_out, experiment
-
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0, 1))
-    jaxtyping.config.update("jaxtyping_disable", True)  # shape checks take longer than the experiment
-    try:
-        experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def test_quick_scale_decides_every_claim_but_the_full_size_one(quick):

@@ -3,7 +3,6 @@
 import sys
 from dataclasses import replace
 
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -22,18 +21,9 @@ from locally.papers.losse_ftl import (
     experiment,
 )
 
+SEEDS = (0,)
+
 TINY = Study(100, (1e-3, 1e-2), 8, {}, 30, 90, "digits", (), 0)
-
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0,))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def card():

@@ -6,7 +6,6 @@ import os
 import zipfile
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,16 +14,7 @@ from locally.catalogue import load
 from locally.evidence import MissingData, Outcome, Run, Scale, judge
 from locally.papers import manifold_linearizing as paper
 
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0, 1, 2))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        paper.experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
+SEEDS = (0, 1, 2)
 
 
 def values(run: Run, method: str, metric: str) -> list[float]:

@@ -1,23 +1,11 @@
 """The experiment at quick scale, and the full-size study on small files of the same format."""
 
-import jaxtyping
 import pytest
 
 from locally.catalogue import load
 from locally.evidence import MissingData, Outcome, Run, Scale, judge
 from locally.papers import momentum_auxiliary_network as paper
 from tests.training.test_local_learning_trainer import write_cifar
-
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0, 1))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        paper.experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def test_quick_scale_bears_out_what_it_can_decide(quick):

@@ -3,7 +3,6 @@
 import gzip
 from dataclasses import replace
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -11,17 +10,6 @@ import torch
 from locally import catalogue
 from locally.evidence import MissingData, Outcome, Run, Scale, judge
 from locally.papers import monna
-
-
-@pytest.fixture(scope="module")
-def quick():
-    run = Run(scale="quick", seeds=[0, 1])
-    jaxtyping.config.update("jaxtyping_disable", True)  # shape checks take longer than the experiment
-    try:
-        monna.experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def test_quick_scale_bears_out_what_it_can_decide(quick):

@@ -1,6 +1,5 @@
 """The experiment at quick scale, its physics against the equations, the full-size study's wiring on small sizes."""
 
-import jaxtyping
 import numpy as np
 import pytest
 import scipy.sparse as sp
@@ -10,17 +9,6 @@ from locally.evidence import MissingData, Outcome, Run, Scale, judge
 from locally.papers.rom_net import CLASSIC, OURS, PEBL, Study, carry_out, experiment, wrong_pairs
 from locally.subspaces.local_bases.finite_elements import heated_plate, plate_with_hole, stiffness_and_mass
 from locally.subspaces.local_bases.problems import PROBLEMS, simulate
-
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0, 1))
-    jaxtyping.config.update("jaxtyping_disable", True)  # shape checks take longer than the experiment
-    try:
-        experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def test_quick_scale_decides_the_claims_on_the_criterion(quick):

@@ -2,7 +2,6 @@
 
 import csv
 
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -29,17 +28,6 @@ from locally.papers.selective_ate import (
 )
 
 TINY = Study(400, 3, 400, 3, 600, 1, ("constant", "linear"), 2, 2, split_swap=False, wealth_repetitions=0)
-
-
-@pytest.fixture(scope="module")
-def quick() -> Run:
-    run = Run(scale="quick", seeds=(0, 1))
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        experiment(run)
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return run
 
 
 def values(run: Run, method: str, metric: str) -> dict[int | None, float]:

@@ -3,7 +3,6 @@
 import json
 import math
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -37,46 +36,42 @@ SMALL = paper.Study(
 
 
 @pytest.fixture(scope="module")
-def runs() -> dict[str, Run]:
-    found = {"quick": Run(scale="quick", seeds=(0, 1)), "small": Run(scale="default", seeds=(0, 1))}
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        paper.experiment(found["quick"])
-        paper.one_model(found["small"], (0, (0, 1)), study=SMALL)
-        paper.figure(found["small"])
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
-    return found
+def small(shapes_unchecked) -> Run:
+    run = Run(scale="default", seeds=(0, 1))
+    with shapes_unchecked():
+        paper.one_model(run, (0, (0, 1)), study=SMALL)
+        paper.figure(run)
+    return run
 
 
-def test_quick_scale_bears_out_what_it_can_decide(runs):
-    verdict = judge(CARD.claims, runs["quick"].measures, Scale.QUICK)
+def test_quick_scale_bears_out_what_it_can_decide(quick):
+    verdict = judge(CARD.claims, quick.measures, Scale.QUICK)
     decided = [f for f in verdict.findings if f.outcome is not Outcome.NEEDS_SCALE]
     assert [f.claim.metric for f in decided] == ["layer output error / that of magnitude pruning"]
     assert verdict.outcome is Outcome.HOLDS
 
 
-def test_every_other_claim_finds_its_measures(runs):
-    known = {(m.method, m.metric) for m in runs["small"].measures}
+def test_every_other_claim_finds_its_measures(small):
+    known = {(m.method, m.metric) for m in small.measures}
     for claim in CARD.claims:
         assert (claim.method, claim.metric) in known or claim.scale == "paper"
 
 
-def test_all_methods_at_all_sparsities(runs):
-    measured = [m for m in runs["small"].measures if m.metric == "perplexity"]
+def test_all_methods_at_all_sparsities(small):
+    measured = [m for m in small.measures if m.metric == "perplexity"]
     methods = {paper.TYR, *paper.BASELINES, "dense"}
     assert {(m.method, m.setting["sparsity"]) for m in measured if m.seed == 0} == {
         (name, s) for name in methods for s in (0.25, 0.5)
     }
     assert {m.setting["sparsity"] for m in measured if m.seed == 1} == {0.5}
     assert all(math.isfinite(m.value) for m in measured)
-    (drawn,) = runs["small"].figures
+    (drawn,) = small.figures
     assert drawn.svg.startswith("<svg")
 
 
-def test_budget_is_kept(runs):
+def test_budget_is_kept(small):
     for kind in ("heads", "neurons"):
-        shares = [m.value for m in runs["small"].measures if m.metric == f"share of {kind} removed" and m.seed == 1]
+        shares = [m.value for m in small.measures if m.metric == f"share of {kind} removed" and m.seed == 1]
         assert np.mean(shares) == pytest.approx(0.5)
 
 

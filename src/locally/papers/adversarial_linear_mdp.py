@@ -8,6 +8,7 @@ each method's theorem. The learners of the theorems also run at one scale for al
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -72,11 +73,11 @@ def experiment(run: Run) -> None:
 
 
 def carry_out(run: Run, study: Study) -> None:
-    check_stability(run, study.cases)
-    compare_inverses(run)
     groups = [run.seeds[i : i + study.together] for i in range(0, len(run.seeds), study.together)]
     tasks = [(name, group) for group in groups for name in CONTENDERS]
-    outcomes = run.parallel(partial(contend, study=study), tasks, "learners")
+    work: list[Callable[[Run], Any]] = [partial(contend, task=task, study=study) for task in tasks]
+    work += [partial(check_stability, cases=study.cases), compare_inverses]
+    outcomes = run.parallel(do, work, "learners and lemmas")[: len(tasks)]
     regrets: dict[str, dict[tuple[str, int, int], ndarray]] = {name: {} for name in CONTENDERS}
     curves: dict[str, list[ndarray]] = {name: [] for name in CONTENDERS}
     for (name, _), (found, paths) in zip(tasks, outcomes):
@@ -86,6 +87,10 @@ def carry_out(run: Run, study: Study) -> None:
     record_regrets(run, regrets, study)
     plot_growth(run, study)
     plot_curves(run, {name: np.concatenate(paths) for name, paths in curves.items()}, study)
+
+
+def do(run: Run, work: Callable[[Run], Any]) -> Any:
+    return work(run)
 
 
 # Learners -------------------------------------------------------------------------------------------------------------

@@ -6,17 +6,15 @@ beside fixed ones. The full-size study is the paper's: VGG-16 and a wide residua
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
-from scipy.linalg import eigvalsh_tridiagonal
+from jaxtyping import Bool, Float
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector
@@ -33,8 +31,17 @@ from locally.optimize.batch_curvature import (
     spiked_covariance,
     spiked_wigner,
 )
+from locally.optimize.batch_curvature.images import (
+    Examples,
+    batches,
+    largest_rate,
+    optimizer_of,
+    read_cifar100,
+    train_epochs,
+)
+from locally.optimize.batch_curvature.networks import WideResNet, perceptron, train_on_all, vgg16
+from locally.optimize.batch_curvature.random_matrices import spiked_covariance_top, spiked_wigner_extreme
 
-Examples = tuple[Tensor, Tensor]
 CROSS_ENTROPY = nn.functional.cross_entropy
 SLOPE = "slope of log largest stable learning rate over log batch size"
 RATE = "largest stable learning rate"
@@ -125,13 +132,8 @@ def noise_matrices(run: Run, seed: int, draws: int) -> None:
             predicted = spiked_wigner(sign * ratio * radius, radius).value
             mean = float(np.mean(found))
             errors.append(abs(mean / predicted - 1))
-            run.record(
-                "Gaussian noise",
-                "extremal eigenvalue / edge",
-                mean / (2 * radius),
-                seed=seed,
-                spike=sign * ratio,
-            )
+            edge = mean / (2 * radius)
+            run.record("Gaussian noise", "extremal eigenvalue / edge", edge, seed=seed, spike=sign * ratio)
     metric = "largest relative error of the extremal eigenvalues, Gaussian noise"
     run.record("random-matrix prediction", metric, max(errors), seed=seed)
 
@@ -144,24 +146,6 @@ def noise_matrices(run: Run, seed: int, draws: int) -> None:
     run.record("random-matrix prediction", metric, max(errors), seed=seed)
 
 
-def spiked_wigner_extreme(P: int, b: float, spike: float, rng: np.random.Generator) -> float:
-    """The eigenvalue at the spike's end of a symmetric matrix of N(0, 1/b) entries (2/b on the diagonal) plus it."""
-    diagonal = rng.standard_normal(P) * math.sqrt(2 / b)
-    diagonal[0] += spike
-    off = np.sqrt(rng.chisquare(np.arange(P - 1, 0, -1)) / b)
-    end = P - 1 if spike > 0 else 0
-    return float(eigvalsh_tridiagonal(diagonal, off, select="i", select_range=(end, end))[0])
-
-
-def spiked_covariance_top(P: int, B: int, spike: float, rng: np.random.Generator) -> float:
-    """The largest eigenvalue of the sample covariance of B < P normal vectors of covariance diag(spike, 1, ..., 1)."""
-    d = np.sqrt(rng.chisquare(np.arange(B, 0, -1)) / B)
-    d[0] *= math.sqrt(spike)
-    e = np.sqrt(rng.chisquare(np.arange(P - 1, P - B - 1, -1)) / B)
-    # rows of the bidiagonal factor: d_i on the diagonal, e_i beside it
-    return float(eigvalsh_tridiagonal(d**2 + e**2, d[1:] * e[:-1], select="i", select_range=(B - 1, B - 1))[0])
-
-
 # A network on digits --------------------------------------------------------------------------------------------------
 
 
@@ -170,27 +154,6 @@ def digits(pool: int = 1, dtype: torch.dtype = torch.float32) -> Examples:
     X, y = load_digits(return_X_y=True)
     images = torch.tensor(X / 16, dtype=dtype).view(-1, 1, 8, 8)
     return nn.functional.avg_pool2d(images, pool).flatten(1), torch.tensor(y)
-
-
-def perceptron(*widths: int, seed: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        layers: list[nn.Module] = []
-        for before, after in pairwise(widths):
-            layers += [nn.Linear(before, after, dtype=dtype), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
-def train_on_all(model: nn.Module, data: Examples, steps: int, lr: float = 0.5) -> float:
-    """Gradient descent; returns the loss at its end."""
-    parameters = list(model.parameters())
-    for _ in range(steps):
-        gradients = torch.autograd.grad(CROSS_ENTROPY(model(data[0]), data[1]), parameters)
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters, gradients):
-                parameter.sub_(lr * gradient)
-    with torch.no_grad():
-        return float(CROSS_ENTROPY(model(data[0]), data[1]))
 
 
 def batch_spectra(run: Run, seed: int, study: Study) -> None:
@@ -423,69 +386,18 @@ def full_size(run: Run, study: FullSize | None = None) -> None:
     for network, make in study.networks.items():
         for method in ("SGD", "Adam"):
             for seed in run.track(run.seeds, f"{network}, {method}"):
-                found = {}
+                options: dict[str, Any] = {"rates": study.rates, "epochs": study.epochs, "device": run.device}
+                rates = []
                 for size in study.batch_sizes:
-                    found[size] = [largest_rate(run, make, method, train, size, study, seed)]
-                    run.record(method, f"{RATE}, {network}", found[size][0], seed=seed, **{"batch size": size})
-                rates = [found[size][0] for size in study.batch_sizes]
+                    rates.append(largest_rate(make, method, train, size, seed=seed, **options))
+                    run.record(method, f"{RATE}, {network}", rates[-1], seed=seed, **{"batch size": size})
                 slope = np.polyfit(np.log(study.batch_sizes), np.log(rates), 1)[0]
                 run.record(method, f"{SLOPE}, {network}", slope, seed=seed)
         full_size_spectra(run, network, make(), train, study)
 
 
-def largest_rate(
-    run: Run, make: Callable[[], nn.Module], method: str, train: Examples, size: int, study: FullSize, seed: int
-) -> float:
-    """The largest rate after which the training accuracy is above twice chance; NaN if none is."""
-    best = math.nan
-    classes = int(train[1].max()) + 1
-    for rate in study.rates:
-        torch.manual_seed(seed)
-        model = make().to(run.device)
-        survived = train_epochs(run, model, optimizer_of(method, model, rate), train, size, study.epochs, seed)
-        if survived and accuracy(run, model, train) > 2 / classes:
-            best = rate
-        elif not math.isnan(best):
-            break  # past the edge
-    return best
-
-
-def optimizer_of(method: str, model: nn.Module, rate: float) -> torch.optim.Optimizer:
-    if method == "SGD":
-        return torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4)
-    return torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=5e-4)
-
-
-def train_epochs(
-    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, train: Examples, size: int, epochs: int, seed: int
-) -> bool:
-    """False as soon as a loss is not finite."""
-    model.train()
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epochs):
-        for inputs, targets in batches(run, train, size, generator):
-            optimizer.zero_grad()
-            loss = CROSS_ENTROPY(model(inputs), targets)
-            if not loss.isfinite():
-                return False
-            loss.backward()
-            optimizer.step()
-    return True
-
-
-def batches(run: Run, data: Examples, size: int, generator: torch.Generator | None = None) -> Iterator[Examples]:
-    """Batches as floating-point images on the run's device, in random order if there is a generator."""
-    inputs, targets = data
-    order = torch.arange(len(targets)) if generator is None else torch.randperm(len(targets), generator=generator)
-    for rows in order.split(size):
-        yield normalised(inputs[rows]).to(run.device), targets[rows].to(run.device)
-
-
-def accuracy(run: Run, model: nn.Module, data: Examples) -> float:
-    model.eval()
-    with torch.no_grad():
-        hits = sum(int((model(X).argmax(1) == y).sum()) for X, y in batches(run, data, 512))
-    return hits / len(data[1])
+def cifar100(run: Run, split: str) -> Examples:
+    return read_cifar100(run.data(f"cifar-100-binary/{split}.bin", "CIFAR-100, binary version"))
 
 
 def full_size_spectra(run: Run, network: str, model: nn.Module, train: Examples, study: FullSize) -> None:
@@ -494,10 +406,10 @@ def full_size_spectra(run: Run, network: str, model: nn.Module, train: Examples,
     optimizer = optimizer_of("SGD", model, 0.01)
     done = 0
     for epoch in run.track(study.spectra_after, f"spectra of {network}"):
-        train_epochs(run, model, optimizer, train, study.batch_sizes[0], epoch - done, seed=epoch)
+        train_epochs(model, optimizer, train, study.batch_sizes[0], epoch - done, seed=epoch)
         done = epoch
         model.eval()
-        data = list(batches(run, train, 512))
+        data = list(batches(train, 512, run.device))
         for matrix in ("hessian", "gauss-newton"):
             curvature = BatchCurvature(matrix=matrix, steps=study.lanczos, probes=1)
             report = curvature.measure(model, CROSS_ENTROPY, data)
@@ -505,76 +417,6 @@ def full_size_spectra(run: Run, network: str, model: nn.Module, train: Examples,
             run.record("network", "largest eigenvalue over all data", report.largest, **setting)
             run.record("network", "smallest eigenvalue over all data", report.smallest, **setting)
             run.record("network", "batch size at the knee", report.knee, **setting)
-
-
-def cifar100(run: Run, split: str) -> tuple[Tensor, Tensor]:
-    """Images (n, 3, 32, 32) in bytes and the 100 fine labels, from the binary version of the data set."""
-    path = run.data(f"cifar-100-binary/{split}.bin", "CIFAR-100, binary version")
-    records = np.fromfile(path, dtype=np.uint8)
-    if not records.size or records.size % 3074:
-        raise ValueError(f"{path} must hold records of 3074 bytes, got {records.size} bytes")
-    table = torch.from_numpy(records.reshape(-1, 3074))
-    return table[:, 2:].reshape(-1, 3, 32, 32), table[:, 1].long()
-
-
-def normalised(images: Int[Tensor, "n 3 32 32"]) -> Float[Tensor, "n 3 32 32"]:
-    """By the mean and standard deviation of each colour over the training images."""
-    mean = torch.tensor([0.507, 0.487, 0.441]).view(3, 1, 1)
-    std = torch.tensor([0.267, 0.256, 0.276]).view(3, 1, 1)
-    return (images.float() / 255 - mean) / std
-
-
-def vgg16(classes: int = 100) -> nn.Sequential:
-    """The sixteen-layer network for 32 x 32 images, without normalisation."""
-    layers: list[nn.Module] = []
-    channels = 3
-    for width, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
-        for _ in range(depth):
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-            channels = width
-        layers.append(nn.MaxPool2d(2))
-    head = [nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, classes)]
-    model = nn.Sequential(*layers, nn.Flatten(), *head)
-    for module in model:
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-            nn.init.constant_(module.bias, 0.0)  # type: ignore[arg-type]
-    return model
-
-
-class WideResNet(nn.Module):
-    """Pre-activation residual network of depth 6 k + 4 and the given width (arXiv 1605.07146)."""
-
-    def __init__(self, depth: int, width: int, classes: int = 100) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1, bias=False)
-        blocks: list[nn.Module] = []
-        channels = 16
-        for stage, base in enumerate((16, 32, 64)):
-            for i in range((depth - 4) // 6):
-                blocks.append(Residual(channels, base * width, stride=2 if stage and i == 0 else 1))
-                channels = base * width
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = nn.BatchNorm2d(channels)
-        self.head = nn.Linear(channels, classes)
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = self.norm(self.blocks(self.stem(images))).relu()
-        return self.head(features.mean((2, 3)))
-
-
-class Residual(nn.Module):
-    def __init__(self, channels: int, out: int, stride: int) -> None:
-        super().__init__()
-        self.norms = nn.ModuleList([nn.BatchNorm2d(channels), nn.BatchNorm2d(out)])
-        self.first = nn.Conv2d(channels, out, 3, stride=stride, padding=1, bias=False)
-        self.second = nn.Conv2d(out, out, 3, padding=1, bias=False)
-        self.skip = nn.Identity() if channels == out else nn.Conv2d(channels, out, 1, stride=stride, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        active = self.norms[0](x).relu()
-        skip = x if isinstance(self.skip, nn.Identity) else self.skip(active)
-        return skip + self.second(self.norms[1](self.first(active)).relu())
 
 
 # Figures --------------------------------------------------------------------------------------------------------------

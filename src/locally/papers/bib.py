@@ -109,7 +109,8 @@ def experiment(run: Run) -> None:
 
 
 def carry_out(run: Run, study: Study) -> None:
-    run.parallel(partial(on_landscapes, study=study), run.seeds, "motif landscapes")
+    landscapes = [(seed, index) for seed in run.seeds for index in range(study.landscapes)]
+    run.parallel(partial(on_landscape, study=study), landscapes, "motif landscapes")
     plot(run)
     if study.measured:
         on_tables(run, Measured())
@@ -118,31 +119,31 @@ def carry_out(run: Run, study: Study) -> None:
 # Motif landscapes -----------------------------------------------------------------------------------------------------
 
 
-def on_landscapes(run: Run, seed: int, study: Study) -> None:
-    for index in range(study.landscapes):
-        task, corpus = MotifLandscape(seed=1000 * index + seed).task(study.table, study.corpus)
-        model = MaskedLM(4, hidden=study.hidden, generator=torch.Generator().manual_seed(seed))
-        untrained = MaskedLM(4, hidden=study.hidden, generator=torch.Generator().manual_seed(seed)).eval()
-        untrained.requires_grad_(False)
-        rng = np.random.default_rng([seed, index])
-        size: dict[str, Any] = {"steps": study.pretraining, "batch": study.batch, "rate": study.rate}
-        losses = pretrain(model, task.space, corpus, rng=rng, **size)
-        model, untrained = model.to(run.device), untrained.to(run.device)
-        where: Setting = {"landscape": index}
-        run.record(
-            "masked language model", "cross-entropy at the end, nats", float(np.mean(losses[-30:])), seed=seed, **where
-        )
+def on_landscape(run: Run, item: tuple[int, int], study: Study) -> None:
+    seed, index = item
+    task, corpus = MotifLandscape(seed=1000 * index + seed).task(study.table, study.corpus)
+    model = MaskedLM(4, hidden=study.hidden, generator=torch.Generator().manual_seed(seed))
+    untrained = MaskedLM(4, hidden=study.hidden, generator=torch.Generator().manual_seed(seed)).eval()
+    untrained.requires_grad_(False)
+    rng = np.random.default_rng([seed, index])
+    size: dict[str, Any] = {"steps": study.pretraining, "batch": study.batch, "rate": study.rate}
+    losses = pretrain(model, task.space, corpus, rng=rng, **size)
+    model, untrained = model.to(run.device), untrained.to(run.device)
+    where: Setting = {"landscape": index}
+    run.record(
+        "masked language model", "cross-entropy at the end, nats", float(np.mean(losses[-30:])), seed=seed, **where
+    )
 
-        options = {"n_designs": study.designs, "steps": study.steps, "random_state": seed}
-        designers = gradient_designers(task, model, untrained, study.everything, options)
-        if study.everything:
-            designers |= searches(task, model, study.designs, study.steps, seed)
-        medians = record_all(run, task, designers, seed, where)
-        for other, metric in DIFFERENCES.items():
-            run.record(OURS, metric, medians[OURS] - medians[other], seed=seed, **where)
-        if study.everything:
-            gain = medians[FORWARD_ETA] - medians[FORWARD]
-            run.record(FORWARD_ETA, GAIN, gain, seed=seed, **where)
+    options = {"n_designs": study.designs, "steps": study.steps, "random_state": seed}
+    designers = gradient_designers(task, model, untrained, study.everything, options)
+    if study.everything:
+        designers |= searches(task, model, study.designs, study.steps, seed)
+    medians = record_all(run, task, designers, seed, where)
+    for other, metric in DIFFERENCES.items():
+        run.record(OURS, metric, medians[OURS] - medians[other], seed=seed, **where)
+    if study.everything:
+        gain = medians[FORWARD_ETA] - medians[FORWARD]
+        run.record(FORWARD_ETA, GAIN, gain, seed=seed, **where)
 
 
 def gradient_designers(

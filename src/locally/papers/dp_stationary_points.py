@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from matplotlib.ticker import FuncFormatter, NullFormatter
-from sklearn.datasets import load_breast_cancer, load_digits
 from torch import Tensor, nn
 
 from locally.evidence import Run
@@ -43,6 +42,8 @@ from locally.privacy.stationary import (
     theorem_sizes,
     worst_case_pair,
 )
+from locally.privacy.stationary.instances import logistic_population, low_rank_model
+from locally.privacy.stationary.tables import TABLES
 
 DELTA = 1e-5
 SPIDER, DESCENT, SGD = "Private SpiderBoost", "noisy gradient descent", "DP-SGD"
@@ -309,27 +310,6 @@ POPULATION_METHODS: Mapping[str, Callable[[LinearModel], Method]] = {
 }
 
 
-def logistic_population(n: int, d: int, seed: int, samples: int) -> tuple[LinearModel, list[LinearModel]]:
-    """Rows uniform on the unit sphere, labels from a logistic model of norm 5: the population, and samples of it.
-
-    The population is 5 000 rows with the chance of either label in place of a label.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    direction = 5 * nn.functional.normalize(torch.randn(d, generator=generator, dtype=torch.float64), dim=0)
-
-    def draw(rows: int) -> tuple[Tensor, Tensor]:
-        X = nn.functional.normalize(torch.randn(rows, d, generator=generator, dtype=torch.float64))
-        return X, torch.sigmoid(X @ direction)
-
-    X, chance = draw(5_000)
-    population, models = LinearModel(X, chance, data_norm=1 + 1e-12), []
-    for _ in range(samples):
-        X, chance = draw(n)
-        y = (torch.rand(n, generator=generator, dtype=torch.float64) < chance).double()
-        models.append(LinearModel(X, y, data_norm=1 + 1e-12))
-    return population, models
-
-
 def plot_sweep(run: Run, x: str, y: str, name: str, caption: str) -> None:
     figure = lines(run.measures, x, y, log=True)
     (axes,) = figure.axes
@@ -372,14 +352,6 @@ def compare_at_low_rank(run: Run, d: int, seed: int) -> dict[str, float]:
     }
     model = low_rank_model(n, d, rank, seed)
     return {name: mean_gradient_norm(model, method.minimize(model, rng=seed)) for name, method in methods.items()}
-
-
-def low_rank_model(n: int, d: int, rank: int, seed: int) -> LinearModel:
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(d, rank, generator=generator)).Q
-    codes = nn.functional.normalize(torch.randn(n, rank, generator=generator))
-    y = (torch.rand(n, generator=generator) < torch.sigmoid(5 * codes[:, 0])).float()
-    return LinearModel(codes @ basis.T, y, data_norm=1 + 1e-5, loss=SIGMOID_SQUARE)
 
 
 def optimisation_limited(run: Run) -> Study:
@@ -427,25 +399,6 @@ def judge_on_table(run: Run, table: str, epsilon: float) -> None:
             judged = {"held-out gradient norm": float(test.exact_gradient(w).norm()), "held-out accuracy": right}
             for metric, value in judged.items():
                 run.record(name, metric, value, seed=seed, table=table, epsilon=epsilon)
-
-
-def breast_cancer() -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, " n"]]:
-    X, y = load_breast_cancer(return_X_y=True)
-    return unit_rows(X, X.min(0), X.max(0)), y.astype(float)  # the ranges are printed in the table's description
-
-
-def even_digits() -> tuple[Float[np.ndarray, "n d"], Float[np.ndarray, " n"]]:
-    X, y = load_digits(return_X_y=True)
-    return unit_rows(X, np.zeros(64), np.full(64, 16.0)), (y % 2 == 0).astype(float)
-
-
-def unit_rows(X: Float[np.ndarray, "n d"], low: np.ndarray, high: np.ndarray) -> Float[np.ndarray, "n d"]:
-    """Columns mapped from their documented ranges to [-1, 1], a constant appended, each row scaled to norm 1."""
-    X = np.column_stack([2 * (X - low) / np.where(high > low, high - low, 1) - 1, np.ones(len(X))])
-    return X / np.linalg.norm(X, axis=1)[:, None]
-
-
-TABLES = {"digits, even or odd": even_digits, "breast cancer": breast_cancer}
 
 
 def audited(run: Run) -> Study:

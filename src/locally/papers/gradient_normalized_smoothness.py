@@ -5,6 +5,7 @@ first-order methods in either metric, other adaptive Newton methods and SciPy's 
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -85,6 +86,9 @@ class Study:
     fits: tuple[str, ...]
 
 
+Part = Callable[[Run, Study], Any]
+
+
 def experiment(run: Run) -> None:
     everyone, bundled = tuple(SCIPY), ("breast cancer", "digits")
     study = run.pick(
@@ -92,18 +96,19 @@ def experiment(run: Run) -> None:
         default=Study((100, 200), (100, 200), 15, 3, 3000, everyone, True, bundled, bundled),
         paper=Study((200, 500, 1000), (200, 1000, 2000), 15, 5, 10_000, everyone, True, ("mushrooms", "a9a"), bundled),
     )
-    # with matrices of a few hundred rows, BLAS threads on a busy machine wait for each other longer than they work
-    with threadpool_limits(run.pick(quick=1, default=1, paper=None), user_api="blas"):
-        carry_out(run, study)
+    carry_out(run, study)
 
 
 def carry_out(run: Run, study: Study) -> None:
-    panels = {"soft maximum": soft_maximum(run, study), "Nesterov's chain": chain(run, study)}
-    quartic(run, study)
-    valley(run, study)
-    panels |= tables(run, study)
-    classifiers(run, study)
-    draw(run, panels)
+    parts: list[Part] = [soft_maximum, chain, quartic, valley, tables, classifiers]
+    soft, chained, _, _, on_tables, _ = run.parallel(partial(do, study=study), parts, "problems")
+    draw(run, {"soft maximum": soft, "Nesterov's chain": chained, **on_tables})
+
+
+def do(run: Run, part: Part, study: Study) -> Any:
+    # with matrices of a few hundred rows, BLAS threads on a busy machine wait for each other longer than they work
+    with threadpool_limits(run.pick(quick=1, default=1, paper=None), user_api="blas"):
+        return part(run, study)
 
 
 # The problems ---------------------------------------------------------------------------------------------------------

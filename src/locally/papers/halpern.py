@@ -7,7 +7,7 @@ two experiments (a matrix game and a linearly constrained quadratic programme), 
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,15 +43,27 @@ EG, EAG, VREG = "extragradient", "anchored extragradient", "variance-reduced ext
 
 
 def experiment(run: Run) -> None:
-    savings(run, run.pick(quick=[100, 400], default=[100, 400, 1600, 6400], paper=[100, 400, 1600, 6400, 25600]))
-    bound(run, runs=10, checkpoints=run.pick(quick=[10, 100, 400], default=[10, 30, 100, 300, 1000], paper=[10, 10000]))
+    game = run.pick(quick=(100, 1000), default=(200, 1500), paper=(500, 5000))
+    programme = run.pick(quick=(50, 1_500), default=(50, 10_000), paper=(200, 1_000_000))
+    sizes = run.pick(quick=[100, 400], default=[100, 400, 1600, 6400], paper=[100, 400, 1600, 6400, 25600])
+    checkpoints = run.pick(quick=[10, 100, 400], default=[10, 30, 100, 300, 1000], paper=[10, 10000])
+    tables = run.pick(quick=["breast cancer"], default=["breast cancer", "digits"], paper=["digits"])
+    parts: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
+        (savings, (sizes,)),
+        (bound, (10, checkpoints)),
+        (matrix_game, game),
+        (quadratic_programme, programme),
+        (classification, (tables,)),
+    ]
+    run.parallel(do, parts, "parts of the study")
+
+
+def do(run: Run, part: tuple[Callable[..., None], tuple[Any, ...]]) -> None:
+    study, sizes = part
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*not known to be cocoercive"
-        )  # nor is it in the paper's experiments
-        matrix_game(run, *run.pick(quick=(100, 1000), default=(200, 1500), paper=(500, 5000)))
-        quadratic_programme(run, *run.pick(quick=(50, 1_500), default=(50, 10_000), paper=(200, 1_000_000)))
-    classification(run, run.pick(quick=["breast cancer"], default=["breast cancer", "digits"], paper=["digits"]))
+        # nor is it in the paper's experiments
+        warnings.filterwarnings("ignore", message=".*not known to be cocoercive")
+        study(run, *sizes)
 
 
 def savings(run: Run, sizes: Sequence[int]) -> None:

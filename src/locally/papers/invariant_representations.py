@@ -59,11 +59,14 @@ def experiment(run: Run) -> None:
     parts: list[Callable[[Run], None]] = [bounds, certificates, strong_interventions, mixtures, patients]
     if run.scale is Scale.PAPER:
         parts += [families, proteins]
+    run.parallel(do, parts, "parts of the study")
+
+
+def do(run: Run, part: Callable[[Run], None]) -> None:
     # Thousands of small products: several BLAS threads would spend their time waiting for each other.
     with threadpool_limits(limits=1, user_api="blas"), warnings.catch_warnings():
         warnings.simplefilter("ignore", NoInvariantRepresentation)  # an infeasible fit is counted, not printed
-        for part in run.track(parts, "parts of the study"):
-            part(run)
+        part(run)
 
 
 @dataclass(frozen=True)

@@ -66,14 +66,17 @@ USERS = 10**17  # where privacy noise is all that is left of the error
 
 
 def experiment(run: Run) -> None:
+    parts: list[Callable[[Run], None]] = [rates, individual_reports, hostile_reports, audit, patients]
+    if run.scale is Scale.PAPER:
+        parts += [streamed_users, housing]
+    run.parallel(do, parts, "parts of the study")
+
+
+def do(run: Run, part: Callable[[Run], None]) -> None:
     # Thousands of small factorisations: several BLAS threads would spend their time waiting for each other.
     with warnings.catch_warnings(), threadpool_limits(limits=1, user_api="blas"):
         warnings.simplefilter("ignore", NotPrivateWarning)  # repeatable on purpose: these are no real people's reports
-        parts: list[Callable[[Run], None]] = [rates, individual_reports, hostile_reports, audit, patients]
-        if run.scale is Scale.PAPER:
-            parts += [streamed_users, housing]
-        for part in run.track(parts, "parts of the study"):
-            part(run)
+        part(run)
 
 
 # Rates ---------------------------------------------------------------------------------------------------------------

@@ -64,25 +64,26 @@ def experiment(run: Run) -> None:
 
 def embedded_study(run: Run) -> None:
     """What needs no data beyond scikit-learn's; the theorems are tested here."""
-    curves: dict[str, list[PerturbationTest]] = {}
-    tables: list[Faithfulness] = []
-    for seed in run.track(run.seeds, "seeds"):
-        recovery(run, diabetes(seed), seed)
-        split = breast_cancer(seed)
-        points = split.test[: run.pick(quick=40, default=80, paper=100)]
-        for name, hidden in (("logistic", 0), ("MLP", 2)):
-            epochs = run.pick(quick=100, default=200, paper=200)
-            model = classifier(split, hidden, epochs=epochs, seed=seed)
-            run.record(name, "test accuracy", accuracy(model, split), seed=seed, dataset="breast cancer")
-            tests, found = contrast(run, model, points, seed, dataset="breast cancer", model_name=name)
-            if name == "MLP":
-                for method, result in tests.items():
-                    curves.setdefault(method, []).append(result)
-                existing_methods(run, model, points, found, seed)
-                tables.append(matrix(run, model, points[:40], seed))
-                certificates(run, model, points, found, seed)
+    found = run.parallel(one_seed, run.seeds, "seeds")
+    curves = {method: [tests[method] for tests, _ in found] for method in found[0][0]}
     perturbation_figure(run, curves, "breast cancer, MLP")
-    faithfulness_figure(run, tables)
+    faithfulness_figure(run, [table for _, table in found])
+
+
+def one_seed(run: Run, seed: int) -> tuple[dict[str, PerturbationTest], Faithfulness]:
+    """The perturbation test of every method, and how faithful each is to each, for the network."""
+    recovery(run, diabetes(seed), seed)
+    split = breast_cancer(seed)
+    points = split.test[: run.pick(quick=40, default=80, paper=100)]
+    for name, hidden in (("logistic", 0), ("MLP", 2)):
+        epochs = run.pick(quick=100, default=200, paper=200)
+        model = classifier(split, hidden, epochs=epochs, seed=seed)
+        run.record(name, "test accuracy", accuracy(model, split), seed=seed, dataset="breast cancer")
+        tests, found = contrast(run, model, points, seed, dataset="breast cancer", model_name=name)
+    existing_methods(run, model, points, found, seed)
+    table = matrix(run, model, points[:40], seed)
+    certificates(run, model, points, found, seed)
+    return tests, table
 
 
 def full_study(run: Run) -> None:

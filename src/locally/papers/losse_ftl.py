@@ -43,6 +43,7 @@ DENOISING = "denoising error"
 MOVES = 50  # of the centre of a drifting stream, at every scale
 DRIFTS = (0.1, 0.5, 0.9, 0.99)
 Row = dict[str, Any]
+Part = Callable[[Run, int], dict[str, ndarray] | None]  # of one seed; curves, where it is about streams
 
 
 @dataclass(frozen=True)
@@ -84,20 +85,20 @@ def carry_out(run: Run, study: Study) -> None:
     if study.control:
         require("gymnasium", "control")
     images = load_images(run, study.images) if study.code_length else None
-    results = run.parallel(partial(one_seed, study=study, images=images), run.seeds, "seeds")
-    plot_streams(run, [memory for memory in results if memory])
-
-
-def one_seed(run: Run, seed: int, *, study: Study, images: ndarray | None) -> dict[str, ndarray]:
-    torch.set_num_threads(1)
-    check_updates(run, seed)
-    forgotten = drifting_streams(run, study, seed)
-    gridworld(run, study, seed)
+    # the longer parts first, so that no core is left alone with one
+    parts: list[Part] = [partial(continuous_control, name=name, steps=study.control_steps) for name in study.control]
+    parts += [partial(drifting_streams, study=study), partial(gridworld, study=study)]
     if images is not None:
-        compare_codes(run, images, study.code_length, seed)
-    for name in study.control:
-        continuous_control(run, name, study.control_steps, seed)
-    return forgotten
+        parts.append(partial(compare_codes, images=images, length=study.code_length))
+    tasks = [(part, seed) for part in (*parts, check_updates) for seed in run.seeds]
+    results = run.parallel(do, tasks, "parts of all seeds")
+    plot_streams(run, [curves for curves in results if curves])
+
+
+def do(run: Run, task: tuple[Part, int]) -> dict[str, ndarray] | None:
+    part, seed = task
+    torch.set_num_threads(1)
+    return part(run, seed)
 
 
 # What an update promises ----------------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ def check_updates(run: Run, seed: int, steps: int = 200) -> None:
 # Drifting streams -----------------------------------------------------------------------------------------------------
 
 
-def drifting_streams(run: Run, study: Study, seed: int) -> dict[str, ndarray]:
+def drifting_streams(run: Run, seed: int, *, study: Study) -> dict[str, ndarray]:
     """Error after one pass over streams that drift ever more slowly; all networks of a kind are trained at once."""
     streams = [piecewise_random_walk(study.stream_steps, d, hold=study.stream_steps // MOVES, rng=seed) for d in DRIFTS]
     test_x = np.random.default_rng([seed, 2]).normal(0, 0.5, (1000, 1))
@@ -244,7 +245,7 @@ def plot_streams(run: Run, curves: Sequence[dict[str, ndarray]]) -> None:
 # Gridworld ------------------------------------------------------------------------------------------------------------
 
 
-def gridworld(run: Run, study: Study, seed: int) -> None:
+def gridworld(run: Run, seed: int, *, study: Study) -> None:
     """Tabular Q-learning that plans on a model of a walled grid, or without one."""
     from locally.control.world_model import walled_gridworld
 
@@ -323,7 +324,7 @@ def _fourier(length: int, gamma: float, seed: int) -> RBFSampler:
     return RBFSampler(n_components=length, gamma=gamma, random_state=seed)
 
 
-def compare_codes(run: Run, images: Float[ndarray, "images pixels"], length: int, seed: int) -> None:
+def compare_codes(run: Run, seed: int, *, images: Float[ndarray, "images pixels"], length: int) -> None:
     """Clean pixels regressed on codes of noisy ones; setting and ridge of each encoding chosen on validation images."""
     rng = np.random.default_rng([seed, 5])
     n = len(images)
@@ -346,22 +347,22 @@ class RidgeOnCodes:
     """Ridge regression on an encoding, in dual form: outputs are mean + codes(x) codes(train)^T dual."""
 
     encoder: Any
-    codes: Any
+    codes: Float[ndarray, "train length"]
     mean: ndarray
     dual: ndarray
     validation_error: float
 
     def error(self, X: ndarray, y: ndarray, rows: slice) -> float:
-        guess = kernel(self.encoder.transform(X[rows]), self.codes) @ self.dual + self.mean
+        guess = encode(self.encoder, X[rows]) @ self.codes.T @ self.dual + self.mean
         return float(np.mean((guess - y[rows]) ** 2))
 
 
 def choose_ridge(encoder: Any, X: ndarray, y: ndarray, train: slice, validation: slice) -> RidgeOnCodes:
     """The ridge with the least validation error, all from one spectral decomposition of the kernel matrix."""
-    codes = encoder.transform(X[train])
-    eigenvalues, V = np.linalg.eigh(kernel(codes, codes))
+    codes = encode(encoder, X[train])
+    eigenvalues, V = np.linalg.eigh(codes @ codes.T)
     mean = y[train].mean(axis=0)
-    rotated, side = V.T @ (y[train] - mean), kernel(encoder.transform(X[validation]), codes) @ V
+    rotated, side = V.T @ (y[train] - mean), encode(encoder, X[validation]) @ codes.T @ V
     best = (np.inf, np.zeros_like(rotated))
     for ridge in np.geomspace(1e-4, 1e1, 6) * eigenvalues.mean():
         weights = rotated / (np.maximum(eigenvalues, 0) + ridge)[:, None]
@@ -369,15 +370,16 @@ def choose_ridge(encoder: Any, X: ndarray, y: ndarray, train: slice, validation:
     return RidgeOnCodes(encoder, codes, mean, V @ best[1], best[0])
 
 
-def kernel(left: Any, right: Any) -> ndarray:
-    products = left @ right.T
-    return products.toarray() if hasattr(products, "toarray") else products
+def encode(encoder: Any, X: ndarray) -> Float[ndarray, "n length"]:
+    """Sparse codes are filled in: many images share each node, so that dense products take less time."""
+    codes = encoder.transform(X)
+    return codes.toarray() if hasattr(codes, "toarray") else codes
 
 
 # Continuous control ---------------------------------------------------------------------------------------------------
 
 
-def continuous_control(run: Run, name: str, steps: int, seed: int) -> None:
+def continuous_control(run: Run, seed: int, *, name: str, steps: int) -> None:
     """Soft actor-critic that plans on each model: mean return of the episodes in the last tenth of the steps."""
     returns = {}
     for method in (LOSSE, ONLINE, REPLAY):

@@ -10,6 +10,7 @@ import gzip
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -79,20 +80,26 @@ def experiment(run: Run) -> None:
 
 
 def carry_out(run: Run, study: Study) -> None:
-    data = cifar10(run) if study.convolutional else None  # what is missing is said before hours of work
-    for seed in run.track(run.seeds, "seeds"):
-        if study.convolutional and data is not None:
-            classify(run, data, study.convolutional, seed)
-        if study.widths:
-            kernel_over_width(run, study, seed)
-        bands = {w: band(run, w, study, seed) for w in run.track(study.band_widths, "trained networks")}
-        curves = {w: component(run, w, study.mnist, seed) for w in run.track(study.component_widths, "components")}
+    if study.convolutional:
+        cifar10(run)  # what is missing is said before hours of work
+    bands, curves = run.parallel(partial(one_seed, study=study), run.seeds, "seeds")[-1]
     plot_band(run, bands[max(study.band_widths)])
     if study.widths:
         run.plot_lines("width", "kernel spread", log=True, name="spread", caption=SPREAD_CAPTION)
         run.plot_lines("width", "kernel drift", log=True, name="drift", caption=DRIFT_CAPTION)
     if curves:
         plot_components(run, curves)
+
+
+def one_seed(run: Run, seed: int, study: Study) -> "tuple[dict[int, Band], dict[int, Curve]]":
+    """Records everything; returns what is drawn, by width."""
+    if study.convolutional:
+        classify(run, cifar10(run), study.convolutional, seed)
+    if study.widths:
+        kernel_over_width(run, study, seed)
+    bands = {w: band(run, w, study, seed) for w in run.track(study.band_widths, "trained networks")}
+    curves = {w: component(run, w, study.mnist, seed) for w in run.track(study.component_widths, "components")}
+    return bands, curves
 
 
 SPREAD_CAPTION = "Relative standard deviation of the tangent kernel on the unit circle over initialisations."

@@ -67,29 +67,34 @@ def experiment(run: Run) -> None:
     )
     # five problems take longer than a quick run may; the criterion is studied on the first
     problems = run.pick(quick=("Poisson",), default=tuple(PROBLEMS), paper=tuple(PROBLEMS))
-    # thousands of factorisations of small matrices: a second thread would mostly wait for the first
-    with threadpool_limits(limits=run.pick(quick=1, default=1, paper=None)):
-        carry_out(run, study, problems)
+    carry_out(run, study, problems)
 
 
 def carry_out(run: Run, study: Study, problems: tuple[str, ...]) -> None:
-    errors: dict[str, list[dict[str, float]]] = {name: [] for name in problems}
-    for seed in run.track(run.seeds, "seeds"):
+    found = run.parallel(partial(one_seed, study=study, problems=problems), run.seeds, "seeds")
+    if len(problems) > 1:
+        plot_errors(run, {name: [errors[name] for errors in found] for name in problems})
+    plot_criterion(run, study)
+
+
+def one_seed(run: Run, seed: int, study: Study, problems: tuple[str, ...]) -> dict[str, dict[str, float]]:
+    """Errors of every method on every problem."""
+    # thousands of factorisations of small matrices: a second thread would mostly wait for the first
+    with threadpool_limits(limits=run.pick(quick=1, default=1, paper=None)):
+        errors = {}
         for name in run.track(problems, "problems"):
             case = draw(name, study, seed)
-            errors[name].append(compare(run, case, SETTINGS[name], seed))
+            errors[name] = compare(run, case, SETTINGS[name], seed)
             if name == "Poisson":
                 study_criterion(run, case, study, seed)
         if set(problems) == set(PROBLEMS):
-            summarise(run, {name: errors[name][-1] for name in problems}, seed)
+            summarise(run, errors, seed)
         for case in finite_element_cases(run, study, seed):
             error = compare(run, case, PLATE, seed)
             ratio = error[OURS] / error["k-means on snapshots"]
             metric = "error / that of k-means on snapshots, finite-element data"
             run.record(OURS, metric, ratio, seed=seed, unknowns=case.train.n_dof)
-    if len(problems) > 1:
-        plot_errors(run, errors)
-    plot_criterion(run, study)
+    return errors
 
 
 # Cases ----------------------------------------------------------------------------------------------------------------

@@ -36,27 +36,31 @@ ROSEN = "Rosen's test (Euclidean)"
 SIGNED = "optimal weights on the signed Jacobian"
 STRONG, WEAK = 10.0, 0.05  # a and b: how much each player feels the other
 BLOCK = 32
+COUPLINGS = np.linspace(0, 2.5, 61)
 ROUNDING = 1 + 1e-9
 
 
 def experiment(run: Run) -> None:
-    couplings = np.linspace(0, 2.5, 61)
-    R = np.eye(BLOCK)
-    for seed in run.track(run.seeds, "seeds"):
-        rng = np.random.default_rng([seed, 2027])
-        R = orthogonal(rng)
-        sweep_coupling(run, seed, R, couplings, rng)
-        certified_range(run, seed, R)
-        timescale_band(run, seed, R)
-        play_to_tolerance(run, seed, R, rng)
-        nonlinear_game(run, seed, rng)
-        runge_kutta(run, seed, rng)
-        markov_game(run, seed, rng)
-        random_ensemble(run, seed, rng)
-        structured_noise(run, seed, R, rng)
-        network_games(run, seed, rng)
-    draw_coupling(run, couplings, R)
+    rotations = run.parallel(one_seed, run.seeds, "seeds")
+    draw_coupling(run, COUPLINGS, rotations[-1])
     draw_trajectories(run)
+
+
+def one_seed(run: Run, seed: int) -> np.ndarray:
+    """Everything that depends on a seed; returns its rotation."""
+    rng = np.random.default_rng([seed, 2027])
+    R = orthogonal(rng)
+    sweep_coupling(run, seed, R, COUPLINGS, rng)
+    certified_range(run, seed, R)
+    timescale_band(run, seed, R)
+    play_to_tolerance(run, seed, R, rng)
+    nonlinear_game(run, seed, rng)
+    runge_kutta(run, seed, rng)
+    markov_game(run, seed, rng)
+    random_ensemble(run, seed, rng)
+    structured_noise(run, seed, R, rng)
+    network_games(run, seed, rng)
+    return R
 
 
 def orthogonal(rng: np.random.Generator) -> np.ndarray:

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy import ndarray
-from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.base import BaseEstimator, RegressorMixin, clone
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from locally.checks import check_choice, check_count, check_finite, check_nonnegative, check_positive, check_shape
-from locally.control.world_model.encoding import read_inputs
+from locally.control.world_model.encoding import read_inputs, take_over
 
 BETA1, BETA2, TINY = 0.9, 0.999, 1e-8  # Adam's
+REMNANT, REMNANT_STEPS = 1e-30, 100  # smaller means of gradients are dropped, looked for every so many steps
 
 
 class StreamNetworks:
@@ -186,6 +187,9 @@ class StreamNetworks:
             total = g + 2 * self.si_strength * self.importance * (self.theta - self.anchor)
         self.n_steps += 1
         mean, square = self.moments
+        if self.n_steps % REMNANT_STEPS == 0:
+            # of units that fell silent: nothing beside TINY, but processors are many times slower at such numbers
+            mean.masked_fill_(mean.abs() < REMNANT, 0.0)
         mean.lerp_(total, 1 - BETA1)
         square.mul_(BETA2).addcmul_(total, total, value=1 - BETA2)
         root = square.sqrt().div_(math.sqrt(1 - BETA2**self.n_steps)).add_(TINY)
@@ -200,15 +204,21 @@ class StreamNetworks:
         self.anchor, self.path = self.theta.clone(), torch.zeros_like(self.theta)
 
     def predict(self, x: Float[Tensor, "E n d_in"]) -> Float[Tensor, "E n d_out"]:
+        """Outputs of every stream's network for its own rows."""
         return self._forward(x.float())[1]
 
     def state_dict(self) -> dict[str, Any]:
+        """Weights, Adam's moments, what synaptic intelligence and the memory keep, and the generator."""
         names = ("theta", "moments", "anchor", "path", "importance", "kept_x", "kept_y")
         state: dict[str, Any] = {name: getattr(self, name).clone() for name in names}
         return state | {"n_steps": self.n_steps, "n_seen": self.n_seen, "generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_shape("theta", state["theta"], tuple(self.theta.shape))
+        """Go on where `state_dict` was taken; ValueError if the networks have other shapes."""
+        for name in ("theta", "moments", "anchor", "path", "importance"):
+            check_shape(name, state[name], tuple(getattr(self, name).shape))
+        for name in ("kept_x", "kept_y"):
+            check_shape(name, state[name], (self.n_streams, len(state["kept_x"][0]), getattr(self, name).shape[2]))
         for name in ("theta", "moments", "anchor", "path", "importance", "kept_x", "kept_y"):
             setattr(self, name, state[name].clone())
         self.n_steps, self.n_seen = int(state["n_steps"]), int(state["n_seen"])
@@ -326,16 +336,17 @@ class NetworkRegressor(RegressorMixin, BaseEstimator):
         return out[:, 0] if self._flat else out
 
     def state_dict(self) -> dict[str, Any]:
+        """The network's state with its widths; nothing but that it is unfitted before the first sample."""
         if not hasattr(self, "networks_"):
             return {"fitted": False}
         widths = [self.n_features_in_, self.n_targets_]
         return {"fitted": True, "flat": self._flat, "widths": widths, "networks": self.networks_.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if not state["fitted"]:
-            if hasattr(self, "networks_"):
-                del self.networks_
-            return
-        self._flat = bool(state["flat"])
-        self._start(*state["widths"])
-        self.networks_.load_state_dict(state["networks"])
+        """Go on where `state_dict` was taken; ValueError, and nothing changed, if its networks had other shapes."""
+        fresh = clone(self)
+        if state["fitted"]:
+            fresh._flat = bool(state["flat"])
+            fresh._start(*state["widths"])
+            fresh.networks_.load_state_dict(state["networks"])
+        take_over(self, fresh)

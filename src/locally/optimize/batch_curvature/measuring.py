@@ -78,6 +78,7 @@ class BatchCurvature:
         check_count("random_state", self.random_state, at_least=0)
 
     def operator(self, model: nn.Module, loss: Loss, data: Data) -> CurvatureOperator:
+        """The matrix of this model on these data, as the operator that all measurements use."""
         return MATRICES[self.matrix](model, loss, data, **(self.options or {}))
 
     def measure(

@@ -11,6 +11,7 @@ from enum import StrEnum
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
+from scipy.linalg import eigvalsh_tridiagonal
 
 from locally.checks import check_count, check_nonnegative, check_positive
 
@@ -115,3 +116,21 @@ def marchenko_pastur_density(x: Float[ndarray, " n"], variance: float, ratio: fl
     at = x[inside]
     density[inside] = np.sqrt((high - at) * (at - low)) / (2 * math.pi * variance * ratio * at)
     return density
+
+
+def spiked_wigner_extreme(P: int, b: float | int, spike: float, rng: np.random.Generator) -> float:
+    """The eigenvalue at the spike's end of a symmetric matrix of N(0, 1/b) entries (2/b on the diagonal) plus it."""
+    diagonal = rng.standard_normal(P) * math.sqrt(2 / b)
+    diagonal[0] += spike
+    off = np.sqrt(rng.chisquare(np.arange(P - 1, 0, -1)) / b)
+    end = P - 1 if spike > 0 else 0
+    return float(eigvalsh_tridiagonal(diagonal, off, select="i", select_range=(end, end))[0])
+
+
+def spiked_covariance_top(P: int, B: int, spike: float, rng: np.random.Generator) -> float:
+    """The largest eigenvalue of the sample covariance of B < P normal vectors of covariance diag(spike, 1, ..., 1)."""
+    d = np.sqrt(rng.chisquare(np.arange(B, 0, -1)) / B)
+    d[0] *= math.sqrt(spike)
+    e = np.sqrt(rng.chisquare(np.arange(P - 1, P - B - 1, -1)) / B)
+    # rows of the bidiagonal factor: d_i on the diagonal, e_i beside it
+    return float(eigvalsh_tridiagonal(d**2 + e**2, d[1:] * e[:-1], select="i", select_range=(B - 1, B - 1))[0])

@@ -89,6 +89,7 @@ class CurvatureReport:
 
     @property
     def largest(self) -> float:
+        """The largest eigenvalue."""
         return self.outliers[0]
 
     @property

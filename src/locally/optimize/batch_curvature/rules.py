@@ -69,6 +69,8 @@ def scale_damping(damping: float, old_batch: int, new_batch: int, *, old_lr: flo
 
 @dataclass(frozen=True)
 class HeavyBall:
+    """Learning rate and momentum of x <- x - lr g + momentum (x - x_before)."""
+
     lr: float
     momentum: float
 

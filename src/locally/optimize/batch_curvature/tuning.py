@@ -23,9 +23,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 class TuningStatus(StrEnum):
+    """What one call of `CurvatureTuner.step` did; set by it, read from `Tuning.status`."""
+
     UPDATED = "updated"
     LIMITED = "updated, by no more than the largest change allowed"
-    WAITING = "between two measurements"
+    WAITING = "between two measurements"  # nothing was measured, nothing set
     NOT_FINITE = "left alone: the curvature is not finite"
     NOT_CONVEX = "left alone: no positive curvature"
 
@@ -162,6 +164,7 @@ class CurvatureTuner:
         return {"calls": self.calls}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken; the optimizer's state is restored apart."""
         check_count("calls", state["calls"], at_least=0)
         self.calls = state["calls"]
 

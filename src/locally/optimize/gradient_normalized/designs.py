@@ -23,6 +23,8 @@ class Design:
         self.X: Any = X
         self.sparse = issparse(X)
         if self.sparse:
+            if hasattr(X, "check_format"):  # of compressed formats, whose indices SciPy takes on trust
+                X.check_format(full_check=True)
             self.X = csr_array(X)
             self.X.sort_indices()  # the kernel fills one half, which takes columns in order
         self.intercept = intercept

@@ -16,7 +16,8 @@ from locally.training.byzantine.attacks import Attack, Sight, tell_lies
 from locally.training.byzantine.collaboration import Collaboration, Outcome, Problem, Status
 
 Callback = Callable[[int, Tensor], object]
-Training = Generator[tuple[Tensor, int], Tensor, Outcome]
+Flipped = Callable[[], Tensor]  # the honest nodes' mean gradient on wrong labels
+Training = Generator[tuple[Tensor, int], tuple[Tensor, Flipped], Outcome]
 
 
 class Simulation:
@@ -70,7 +71,7 @@ class Simulation:
         return run_together([self], problem, steps, callback=callback, resume=None if resume is None else [resume])[0]
 
     def _steps(self, problem: Problem, steps: int, callback: Callback | None, resume: Outcome | None) -> Training:
-        """The training as a coroutine: hands out the parameters of all nodes, is sent their gradients."""
+        """The training as a coroutine: hands out the parameters of all nodes, is sent their gradients of both kinds."""
         honest = self.collaboration.n - self.faulty
         if resume is None:
             # a row each from the start: nodes that share memory would take each other's steps
@@ -88,9 +89,9 @@ class Simulation:
         status, done = Status.FINISHED, first
         for step in range(first, steps):
             before = parameters
-            gradients = yield before, step
+            gradients, flipped = yield before, step
             try:
-                parameters, momenta = self._step(problem, attack, step, before, momenta, gradients)
+                parameters, momenta = self._step(attack, step, before, momenta, gradients, flipped)
             except OverflowError:
                 parameters = torch.full_like(before, torch.nan)
             done = step + 1
@@ -106,16 +107,15 @@ class Simulation:
 
     def _step(
         self,
-        problem: Problem,
         attack: Attack | None,
         step: int,
         before: Float[Tensor, "H D"],
         momenta: Float[Tensor, "H D"],
         gradients: Float[Tensor, "H D"],
+        flipped: Flipped,
     ) -> tuple[Float[Tensor, "H D"], Float[Tensor, "H D"]]:
         """One iteration of the algorithm at all honest nodes: parameters and momenta after it."""
-        c, nodes = self.collaboration, range(len(before))
-        flipped = functools.cache(lambda: problem.gradients(before, step, nodes, flipped=True).mean(0))
+        c = self.collaboration
         if c.gradient_rule is not None:
             gradients = self._exchange(c.gradient_rule, gradients, attack, step, (step, 0, 1), flipped)
         momenta = c.momentum(momenta, gradients)
@@ -134,7 +134,7 @@ class Simulation:
         attack: Attack | None,
         step: int,
         exchange: tuple[int, ...],
-        flipped: Callable[[], Tensor],
+        flipped: Flipped,
     ) -> Float[Tensor, "H D"]:
         c = self.collaboration
         rng = np.random.default_rng([c.seed, 1, *exchange])
@@ -162,10 +162,11 @@ def run_together(
     running = {k: s._steps(problem, steps, callback, e) for k, (s, e) in enumerate(zip(simulations, earlier))}
     outcomes: dict[int, Outcome] = {}
     asked: dict[int, tuple[Tensor, int]] = {}
+    misled: set[int] = set()  # simulations whose adversary has asked for gradients on wrong labels
 
-    def advance(k: int, gradients: Tensor | None) -> None:
+    def advance(k: int, sent: tuple[Tensor, Flipped] | None) -> None:
         try:
-            asked[k] = next(running[k]) if gradients is None else running[k].send(gradients)
+            asked[k] = next(running[k]) if sent is None else running[k].send(sent)
         except StopIteration as stop:
             outcomes[k] = stop.value
             asked.pop(k, None)
@@ -175,11 +176,27 @@ def run_together(
     while asked:
         step = min(step for _, step in asked.values())
         now = {k: parameters for k, (parameters, at) in asked.items() if at == step}
-        nodes = [node for parameters in now.values() for node in range(len(parameters))]
-        gradients = problem.gradients(torch.cat(list(now.values())), step, nodes)
-        for k, part in zip(now, gradients.split([len(parameters) for parameters in now.values()])):
-            advance(k, part)
+        wrong: dict[int, Tensor] = {}
+
+        def flipped(k: int, step: int = step, now: dict[int, Tensor] = now, wrong: dict[int, Tensor] = wrong) -> Tensor:
+            if k not in wrong:  # the first to ask gets those that asked in earlier steps theirs as well
+                misled.add(k)
+                found = gradients_of_all(problem, {j: now[j] for j in now if j in misled}, step, flipped=True)
+                wrong.update({j: gradients.mean(0) for j, gradients in found.items()})
+            return wrong[k]
+
+        for k, gradients in gradients_of_all(problem, now, step).items():
+            advance(k, (gradients, functools.partial(flipped, k)))
     return [outcomes[k] for k in range(len(simulations))]
+
+
+def gradients_of_all(
+    problem: Problem, parameters: dict[int, Tensor], step: int, *, flipped: bool = False
+) -> dict[int, Tensor]:
+    """Of the honest nodes of every simulation, in one call."""
+    nodes = [node for own in parameters.values() for node in range(len(own))]
+    found = problem.gradients(torch.cat(list(parameters.values())), step, nodes, flipped=flipped)
+    return dict(zip(parameters, found.split([len(own) for own in parameters.values()])))
 
 
 def pool_of(
