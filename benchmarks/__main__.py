@@ -44,7 +44,7 @@ def main(words: list[str]) -> None:
             continue
         stored = before(name)
         for comparison in found:
-            last = stored.get((comparison.name, comparison.quantity, comparison.peer))
+            last = stored.get(_line(comparison))
             worse = last is not None and comparison.worse_than(last)
             print(f"  {comparison}{f'  WORSE than the stored {last.ratio:.3g}' if worse else ''}", flush=True)
         result = {
@@ -59,11 +59,16 @@ def main(words: list[str]) -> None:
         sys.exit(f"these did not end: {', '.join(failed)}")
 
 
-def before(name: str) -> dict[tuple[str, str, str], Comparison]:
+def before(name: str) -> dict[tuple[str, ...], Comparison]:
     """What the last stored run of a benchmark found."""
     path = HERE / "results" / f"{name}.json"
     found = comparisons(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else []
-    return {(c.name, c.quantity, c.peer): c for c in found}
+    return {_line(c): c for c in found}
+
+
+def _line(c: Comparison) -> tuple[str, ...]:
+    """What a figure is of, whenever it was measured."""
+    return c.name, c.quantity, c.ours, c.peer
 
 
 if __name__ == "__main__":

@@ -380,5 +380,8 @@ def test_a_designer_is_fitted_first_and_asked_for_what_it_has(without_shape_chec
         BIBDesigner(MaskedLM(4), space).fit(*gc_table()[1:])
     with pytest.raises(ValueError, match="do not fit"):
         BIBDesigner(ToyFeatures(torch.zeros(64, 2), torch.zeros(2, 2)), SequenceSpace("dna", 2))
+    for head in (LinearizedHead, lambda F, y: KernelHead(lambda a, b: a @ b.T, F, y)):
+        with pytest.raises(ValueError, match="features must not all be zero"):
+            head(torch.zeros(4, 3, dtype=torch.float64), torch.arange(4, dtype=torch.float64))
     with pytest.raises(ValueError, match="features must not all be zero"):
         BIBDesigner(ToyFeatures(torch.zeros(64, 2), torch.zeros(2, 2)).eval(), space).fit(*gc_table()[1:])

@@ -97,6 +97,32 @@ def test_a_sweep_projects_onto_one_row_after_the_other(n, d, seed, sparse):
     np.testing.assert_allclose(x, expected, atol=1e-10)
 
 
+def with_long_indices(A):
+    found = sp.csr_array(A)
+    found.indices, found.indptr = found.indices.astype(np.int64), found.indptr.astype(np.int64)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "form"), [(5, 9000, np.asarray), (60, 50, sp.csr_array), (60, 50, with_long_indices)]
+)
+def test_a_sweep_reads_rows_of_every_length(n, d, form):
+    """Sparse rows of none to 40 entries, and dense ones longer than what is asked for ahead."""
+    rng = np.random.default_rng(0)
+    A, b = rng.standard_normal((n, d)), rng.standard_normal(n)
+    if d == 50:
+        for i, row in enumerate(A):
+            row[rng.permutation(d)[i % 41 :]] = 0.0
+    squares = (A**2).sum(axis=1)
+    rows = Rows.of(form(A))
+    for order in (None, rng.permutation(n)):
+        expected = np.zeros(d)
+        for i in range(n) if order is None else order:
+            if squares[i]:
+                expected -= (A[i] @ expected - b[i]) / squares[i] * A[i]
+        np.testing.assert_allclose(rows.sweep(np.zeros(d), b, order), expected, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", SKETCHES)
 @given(seed=st.integers(0, 2**32 - 1), n=st.integers(1, 15), d=st.integers(1, 15))
 def test_the_error_never_grows(name, seed, n, d):

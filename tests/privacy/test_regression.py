@@ -655,6 +655,31 @@ def test_singular_covariance_gets_the_least_norm_solution():
     np.testing.assert_allclose(found.coef, [0.5, 0.5])
 
 
+@pytest.mark.filterwarnings("ignore::locally.privacy.regression.IndefiniteCovariance")
+@pytest.mark.parametrize(
+    ("eigenvalues", "option", "floor", "status"),
+    [
+        ([2, 1, 1], "warn", 0.1, Status.SOLVED),
+        ([1, 0, 1], "warn", 0.1, Status.SINGULAR),
+        ([1, -1e-17, 1], "warn", 0.1, Status.SINGULAR),
+        ([0, 0, 0], "warn", 0.1, Status.SINGULAR),
+        ([1, 1, -1], "warn", 0.1, Status.INDEFINITE),
+        ([1, 0, -1], "warn", 0.1, Status.INDEFINITE),
+        ([1, 0, -1e-3], "warn", 0.1, Status.INDEFINITE),
+        ([2, 1, 1], "clip", 0.1, Status.SOLVED),
+        ([1, 0, 1], "clip", 0.1, Status.FLOORED),
+        ([1, 0, -1], "clip", 0.1, Status.FLOORED),
+        ([1, 0, -1], "clip", 1e-20, Status.FLOORED),  # the floor itself is lost in rounding
+        ([1, 1e-18, 1], "clip", 1e-20, Status.SINGULAR),
+        ([2, 1, 1], "raise", 0.1, Status.SOLVED),
+    ],
+)
+def test_the_worst_that_is_true_of_a_covariance_is_its_status(eigenvalues, option, floor, status):
+    found = solve_sparse(np.diag(np.array(eigenvalues, float)), np.ones(3), 0.0, on_indefinite=option, floor=floor)
+    assert found.status is status
+    assert found.min_eigenvalue == pytest.approx(min(eigenvalues))
+
+
 def test_the_automatic_threshold_covers_the_noise_of_null_coordinates():
     rng = np.random.default_rng(0)
     d, n, s1, s2 = 50, 10_000, 3.0, 4.0

@@ -180,6 +180,14 @@ def test_coins_are_never_more_lopsided_than_asked_for():
     assert noise.coins(4, p).tolist() == [True, False, False, False]
 
 
+@pytest.mark.parametrize("log2_scale", [-1, 25, 31])
+@pytest.mark.parametrize("noise", [SecureNoise(), seeded()], ids=["secure", "simulated"])
+def test_noise_of_a_scale_that_integers_do_not_hold_is_refused(noise, log2_scale):
+    with pytest.raises(ValueError, match="log2_scale"):
+        noise.gaussian((3,), log2_scale)
+    assert np.abs(noise.gaussian((50,), 24)).max() > 2**20
+
+
 def test_secure_noise_reads_the_system_generator(monkeypatch):
     import os
 

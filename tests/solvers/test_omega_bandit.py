@@ -369,6 +369,30 @@ def test_a_state_of_another_learner_is_refused_and_changes_nothing(make):
 
 
 @learners
+def test_a_damaged_state_is_refused_and_changes_nothing(make):
+    """Compiled loops index by what a state holds and do not look."""
+    bandit = make(0)
+    bandit.tell(3.0, bandit.ask(0.2))
+    bandit.ask(0.2)
+    before = json.loads(json.dumps(bandit.state_dict()))
+    for arm in (len(bandit.grid), -1):
+        damaged = json.loads(json.dumps(before))
+        damaged["open"][0][0]["arm"] = arm
+        with pytest.raises(ValueError, match="state must hold asks of arms"):
+            bandit.load_state_dict(damaged)
+    inner = before["state"]
+    for place in list(range(len(inner.get("bins", [])))) or ["theta", "factors", "played"]:
+        damaged = json.loads(json.dumps(before))
+        if isinstance(place, int):
+            damaged["state"]["bins"][place]["cumulative"].pop()
+        else:
+            damaged["state"][place].pop()
+        with pytest.raises(ValueError, match="state must hold"):
+            bandit.load_state_dict(damaged)
+    assert bandit.state_dict() == before
+
+
+@learners
 def test_costs_may_come_late_and_in_any_order(make):
     bandit = make(0)
     choices = [bandit.ask(t / 8) for t in range(8)]

@@ -195,6 +195,19 @@ def test_duplicates_floods_and_other_names_count_for_nothing():
     liar.listener.close()
 
 
+def test_nothing_is_sent_to_a_peer_that_is_cut_off():
+    one, two, three = (SocketTransport(m, f=1, entries=2, timeout=2.0) for m in Membership.local(3))
+    with one as a, two as b, three as c:
+        a.cut_off([1])
+        a.send(1, 0, torch.full((2,), 9.0))
+        a.broadcast(0, torch.full((2,), 8.0))
+        a.send(2, 1, torch.full((2,), 7.0))  # to others still
+        c.send(1, 0, torch.full((2,), 1.0))
+        assert c.gather(1, 1)[0].tolist() == [7.0, 7.0]
+        with pytest.raises(TooFewPeers, match=r"heard \[2\]"):
+            b.gather(0, 2)
+
+
 def test_the_optimizer_trains_any_model_in_any_loop():
     """Four threads as four nodes with plain torch code; the same figures as the simulation on the same gradients."""
     torch.manual_seed(0)

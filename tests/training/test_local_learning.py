@@ -22,10 +22,12 @@ from locally.training.local_learning import (
     imagenet_resnet,
     reinitialize,
     residual_network,
+    saved_peak,
     similarity_matrix,
     vgg,
 )
 from locally.training.local_learning.overlap import overlapped_step
+from locally.training.local_learning.rules import CellMeans, GridMean, Mean, Pointwise
 
 RULES = [LinearHeads(), DGL(), PredSim(), InfoPro(), InfoPro(head="2c2f")]
 
@@ -345,6 +347,41 @@ def test_infopro_weights_move_from_block_to_block():
     assert [o.prediction for o in local.objectives] == [0, 0.25, 0.5]
     two = learner(InfoPro(), cuts=2)
     assert (two.objectives[0].reconstruction, two.objectives[0].prediction) == (5.0, 0.05)
+
+
+FORMATS = {"channels first": torch.contiguous_format, "channels last": torch.channels_last}
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize(("size", "q"), [((6, 6), 1), ((4, 6), 1), ((8, 8), 2), ((4, 6), 2), ((2, 2), 2), ((5, 7), 2)])
+def test_means_over_cells_are_pytorchs_pooling_and_keep_nothing(size, q, format):
+    h = torch.randn(3, 4, *size, dtype=torch.float64).contiguous(memory_format=format).requires_grad_()
+    means = GridMean(q)(h)
+    weight = torch.randn_like(means)
+    expected = F.adaptive_avg_pool2d(h, q)
+    torch.testing.assert_close(means, expected)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((out * weight).sum(), h, retain_graph=True)[0] for out in (means, expected))
+    )
+    torch.testing.assert_close(Mean()(h), h.mean((2, 3)))
+    if not size[0] % q and not size[1] % q:
+        assert torch.autograd.gradcheck(GridMean(q), h)
+        assert torch.autograd.gradgradcheck(GridMean(q), h)
+        assert saved_peak(lambda: CellMeans.apply(h, q).sum().backward()) == 0
+
+
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+def test_a_pointwise_layer_is_the_convolution(format):
+    h = torch.randn(3, 4, 5, 6, dtype=torch.float64).contiguous(memory_format=format).requires_grad_()
+    layer = Pointwise(4, 7).double()
+    out, expected = layer(h), F.conv2d(h, layer.weight)
+    assert out.is_contiguous(memory_format=format)
+    weight = torch.randn_like(out)
+    for found, right in zip(
+        (out, *torch.autograd.grad(out, (h, layer.weight), weight)),
+        (expected, *torch.autograd.grad(expected, (h, layer.weight), weight)),
+    ):
+        torch.testing.assert_close(found, right)
 
 
 def test_compiled_blocks_compute_the_same():

@@ -76,9 +76,11 @@ class AugLocal:
         check_choice("downsample", self.downsample, ("width", "size"))
 
     def default_starts(self, n_stages: int) -> Sequence[int]:
+        """Every stage is a block but the last depth + 1, which form one."""
         return range(1, max(n_stages - self.depth, 1))
 
     def build(self, plan: Plan, block: int, stage: int) -> Objective:
+        """Auxiliary network and head for this block, with the stages that `selection` names; arXiv 2402.17318."""
         depth = pyramidal_depths(self.depth, plan.n_blocks, tau=self.tau, min_depth=self.min_depth)[block]
         selected = select_stages(stage, len(plan.shapes), depth, selection=self.selection)
         network = self._network(plan, stage, selected)

@@ -73,11 +73,17 @@ class MomentumAuxiliary:
             raise ValueError(f'without ema, bias must be "branch", got {self.bias!r}')
 
     def default_starts(self, n_stages: int) -> Sequence[int]:
+        """Those of `base`; a warning where there is one stage only, which has no next one."""
         if n_stages < 2:
             warnings.warn("one block has no next one: a momentum auxiliary network does nothing", stacklevel=2)
         return self.base.default_starts(n_stages)
 
     def build(self, plan: Plan, block: int, stage: int) -> Objective:
+        """The objective of `base`, which reads the moving average of what `scope` names instead of the block.
+
+        Raises:
+            ValueError: that stage has no parameters to average.
+        """
         following = plan.block(block + 1)
         source = following[:1] if self.scope == "first_stage" else following
         modules = [plan.chain.stages[i] for i in source]

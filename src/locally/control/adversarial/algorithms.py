@@ -20,6 +20,7 @@ from locally.control.adversarial.covariance import (
 from locally.control.adversarial.estimators import reduce_magnitude
 from locally.control.adversarial.learner import checked_episode, checked_features, checked_process
 from locally.control.adversarial.parameters import METHODS, Method, Parameters
+from locally.control.validity import check_generator_state, checked_arrays
 
 Covariance = Literal["exact", "sample", "resampling"]
 Regularizer = Literal["log_barrier", "entropy"]
@@ -174,14 +175,13 @@ class PolicyOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; ValueError if its learner had another shape."""
-        if state["cumulative"].shape != self.cumulative.shape:
-            raise ValueError(
-                f"state must be of a learner of shape {self.cumulative.shape}, got {state['cumulative'].shape}"
-            )
-        self.episode, self.simulator_calls = int(state["episode"]), int(state["simulator_calls"])
-        self.cumulative = state["cumulative"].copy()
-        self.lowest_scaled_estimate = state["lowest_scaled_estimate"].copy()
-        self.below_bound = state["below_bound"].copy()
+        names = ("cumulative", "lowest_scaled_estimate", "below_bound")
+        arrays = checked_arrays(state, {name: getattr(self, name) for name in names})
+        episode, simulator_calls = int(state["episode"]), int(state["simulator_calls"])
+        check_generator_state(self.rng, state["rng"])
+        for name, array in arrays.items():
+            setattr(self, name, array)
+        self.episode, self.simulator_calls = episode, simulator_calls
         self.rng.bit_generator.state = state["rng"]
         self.policies = self._follow_the_regularised_leader()
 

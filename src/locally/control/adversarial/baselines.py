@@ -10,7 +10,7 @@ from numpy import ndarray
 from locally.checks import check_count, check_nonnegative, check_positive
 from locally.control.adversarial import kernels
 from locally.control.adversarial.learner import as_runs, checked_episode, checked_features
-from locally.control.validity import check_kernel
+from locally.control.validity import check_kernel, checked_arrays
 
 
 class FixedPolicy:
@@ -87,11 +87,8 @@ class Exp3:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; ValueError if its learner had another shape."""
-        if state["cumulative"].shape != self.cumulative.shape:
-            raise ValueError(
-                f"state must be of a learner of shape {self.cumulative.shape}, got {state['cumulative'].shape}"
-            )
-        self.episode, self.cumulative = int(state["episode"]), state["cumulative"].copy()
+        cumulative = checked_arrays(state, {"cumulative": self.cumulative})["cumulative"]
+        self.episode, self.cumulative = int(state["episode"]), cumulative
         shape = self.cumulative.shape
         weights = kernels.exponential_weights((self.eta * self.cumulative).reshape(-1, shape[-1]))
         self.policies = weights.reshape(shape)
@@ -177,10 +174,9 @@ class LSVIUCB:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; ValueError if its learner had another shape."""
-        if state["targets"].shape != self._targets.shape:
-            raise ValueError(f"state must be of a learner of shape {self._targets.shape}, got {state['targets'].shape}")
-        self.episode = int(state["episode"])
-        self.inverse, self._targets, self._rewards = (state[k].copy() for k in ("inverse", "targets", "rewards"))
+        here = {"inverse": self.inverse, "targets": self._targets, "rewards": self._rewards}
+        arrays, self.episode = checked_arrays(state, here), int(state["episode"])
+        self.inverse, self._targets, self._rewards = arrays.values()
         self._plan()
 
     def _plan(self) -> None:

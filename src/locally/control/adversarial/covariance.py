@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from locally.checks import check_between, check_count, check_finite, check_positive, check_symmetric
+from locally.checks import check_between, check_count, check_finite, check_positive, check_shape, check_symmetric
 from locally.control.adversarial import kernels
 from locally.control.validity import check_unit_ball
 
@@ -25,7 +25,7 @@ def covariance(features: Float[ndarray, "*layers S A d"], weights: Float[ndarray
     Returns: symmetric positive semidefinite matrices (*layers, d, d).
 
     Raises:
-        ValueError: a feature is longer than 1, or a weight is negative or not finite.
+        ValueError: shapes differ, a feature is longer than 1, or a weight is negative or not finite.
 
     Complexity: O(S A d^2) a layer.
 
@@ -169,6 +169,7 @@ def samples_for_resampling(gamma: float, tolerance: float = 0.5, *, step: float 
 
 def _by_layer(features: ndarray, weights: ndarray) -> tuple[ndarray, ndarray]:
     *_, S, A, d = features.shape
+    check_shape("weights", weights, features.shape[:-1])
     return (
         np.ascontiguousarray(features, np.float64).reshape(-1, S * A, d),
         np.ascontiguousarray(weights, np.float64).reshape(-1, S * A),

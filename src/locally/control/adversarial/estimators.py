@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from locally.checks import check_finite, check_nonnegative, check_positive
+from locally.checks import check_finite, check_nonnegative, check_positive, check_shape
 from locally.control.adversarial import kernels
 from locally.control.validity import check_kernel, check_unit_ball
 
@@ -28,7 +28,7 @@ def standard_q(
         loss_to_go: L_k, the episode's losses from the layer on.
 
     Raises:
-        ValueError: an argument is not finite, or a feature is longer than 1.
+        ValueError: shapes differ, an argument is not finite, or a feature is longer than 1.
 
     Complexity: O(S A d) a layer.
 
@@ -67,6 +67,7 @@ def magnitude_reduced_q(
     """
     y = _products(features, inverse, visited, loss_to_go)
     check_finite("occupancy", occupancy)
+    check_shape("occupancy", occupancy, y.shape)
     ceiling = np.broadcast_to(np.asarray(bound, np.float64), loss_to_go.shape)
     if (loss_to_go > ceiling + 1e-9).any():
         raise ValueError(f"loss_to_go must not exceed bound, but is larger by {(loss_to_go - ceiling).max():.3g}")
@@ -91,7 +92,8 @@ def local_bonus(
     """b(x, a) = beta (|phi(x, a)|^2_(S+) + E_(a' ~ pi(.|x)) |phi(x, a')|^2_(S+)).
 
     Raises:
-        ValueError: policy is no distribution over actions, beta is negative, or a feature is longer than 1.
+        ValueError: shapes differ, policy is no distribution over actions, beta is negative, or a feature is longer than
+            1.
 
     Complexity: O(S A d^2) a layer.
 
@@ -103,6 +105,8 @@ def local_bonus(
     check_kernel("policy", policy)
     check_nonnegative("beta", beta)
     *layers, S, A, d = features.shape
+    check_shape("inverse", inverse, (*layers, d, d))
+    check_shape("policy", policy, (*layers, S, A))
     norms = kernels.quadratic_forms(np.ascontiguousarray(features).reshape(-1, S * A, d), inverse.reshape(-1, d, d))
     norms = norms.reshape(*layers, S, A)
     return beta * (norms + (policy * norms).sum(axis=-1, keepdims=True))
@@ -121,7 +125,7 @@ def dilated_bonus(
         factor: 1 + 1 / H by default; with 1, B is the Q-function of b.
 
     Raises:
-        ValueError: P or policy is no distribution, bonus is not finite, or factor is not positive.
+        ValueError: shapes differ, P or policy is no distribution, bonus is not finite, or factor is not positive.
 
     Complexity: O(H S^2 A).
 
@@ -133,6 +137,8 @@ def dilated_bonus(
     check_kernel("policy", policy)
     check_finite("bonus", bonus)
     H, S, A = bonus.shape[-3:]
+    check_shape("policy", policy, bonus.shape)
+    check_shape("P", P, (*bonus.shape, S))
     factor = 1 + 1 / H if factor is None else factor
     check_positive("factor", factor)
     runs = np.ascontiguousarray(bonus).reshape(-1, H, S, A)
@@ -145,5 +151,8 @@ def _products(features: ndarray, inverse: ndarray, visited: ndarray, loss_to_go:
     for name, array in {"inverse": inverse, "visited": visited, "loss_to_go": loss_to_go}.items():
         check_finite(name, array)
     *layers, S, A, d = features.shape
+    check_shape("inverse", inverse, (*layers, d, d))
+    check_shape("visited", visited, (*layers, d))
+    check_shape("loss_to_go", loss_to_go, tuple(layers))
     phi = np.ascontiguousarray(features).reshape(-1, S * A, d)
     return kernels.linear_forms(phi, inverse.reshape(-1, d, d), visited.reshape(-1, d)).reshape(*layers, S, A)

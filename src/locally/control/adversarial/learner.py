@@ -12,7 +12,7 @@ from numpy import ndarray
 
 from locally.checks import check_count, check_shape
 from locally.control.adversarial import kernels
-from locally.control.validity import check_index, check_kernel, check_unit_ball
+from locally.control.validity import check_generator_state, check_index, check_kernel, check_unit_ball
 
 
 @runtime_checkable
@@ -86,6 +86,8 @@ def checked_episode(
     for name, array in {"states": states, "actions": actions, "losses": losses}.items():
         check_shape(name, array, (R, H))
     for name, array, size in (("states", states, S), ("actions", actions, A)):
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{name} must hold integers, got {array.dtype}")
         if array.min() < 0 or array.max() >= size:
             raise ValueError(f"{name} must be among 0, ..., {size - 1}, got {array.min()} to {array.max()}")
     if not (losses.min() >= 0 and losses.max() <= 1):  # false for NaN as well
@@ -181,10 +183,21 @@ class EpisodicAgent:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, in the middle of an episode if need be."""
+        """Go on where `state_dict` was taken, in the middle of an episode if need be.
+
+        Raises:
+            TypeError, ValueError: the state is of a learner of other sizes; then nothing has changed.
+        """
+        _, H, S, A = self.learner.policies.shape
+        if len(state["trajectory"]) >= H:
+            raise ValueError(f"state must be of an episode of {H} steps, got {len(state['trajectory'])} within one")
+        trajectory = [
+            (check_index("state", s, S), check_index("action", a, A), float(loss)) for s, a, loss in state["trajectory"]
+        ]
+        check_generator_state(self.rng, state["rng"])
         self.learner.load_state_dict(state["learner"])
         self.rng.bit_generator.state = state["rng"]
-        self._trajectory = [(int(s), int(a), float(loss)) for s, a, loss in state["trajectory"]]
+        self._trajectory = trajectory
 
     def _place(self, observation: Any) -> tuple[int, int]:
         place = np.asarray(observation)

@@ -15,6 +15,7 @@ from locally.control.adversarial.baselines import LSVIUCB
 from locally.control.adversarial.epochs import epoch_coefficients, epoch_inverses, epoch_weights
 from locally.control.adversarial.learner import checked_episode, checked_features
 from locally.control.adversarial.parameters import EpochParameters
+from locally.control.validity import check_generator_state, checked_arrays
 
 
 class LinearMDPOptimizer:
@@ -207,15 +208,11 @@ class LinearMDPOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; ValueError if an array of it has another shape here."""
-        arrays = state["arrays"]
-        for name in self.SAVED:
-            here, there = getattr(self, name).shape, arrays[name.removeprefix("_")].shape
-            if here != there:
-                raise ValueError(
-                    f"state must be of the same learner: its {name.removeprefix('_')} has {there}, not {here}"
-                )
-        for name in self.SAVED:
-            setattr(self, name, arrays[name.removeprefix("_")].copy())
+        arrays = checked_arrays(state["arrays"], {name.removeprefix("_"): getattr(self, name) for name in self.SAVED})
+        episode = int(state["episode"])
+        check_generator_state(self.rng, state["rng"])
         self._cover.load_state_dict(state["cover"])
-        self.episode = int(state["episode"])
+        for name in self.SAVED:
+            setattr(self, name, arrays[name.removeprefix("_")])
+        self.episode = episode
         self.rng.bit_generator.state = state["rng"]

@@ -15,7 +15,7 @@ from locally.control.adversarial import kernels
 from locally.control.adversarial.covariance import samples_for_ridge_inverse
 from locally.control.adversarial.learner import sample_actions
 from locally.control.adversarial.parameters import Parameters
-from locally.control.validity import check_index, check_unit_ball
+from locally.control.validity import check_generator_state, check_index, check_unit_ball, checked_arrays
 
 FeatureMap = Callable[[int, Any], Float[ndarray, "A d"]]
 
@@ -288,18 +288,41 @@ class QueryPolicyOptimizer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """States come back as arrays: `features`, `simulator` and `key` must take those as well."""
+        """States come back as arrays: `features`, `simulator` and `key` must take those as well.
+
+        Raises:
+            ValueError: the state is of another horizon, n_actions, dim, method or number of samples, or of more
+                episodes than this agent plays; then nothing has changed.
+        """
         if len(state["nodes"]) != self.horizon:
             raise ValueError(f"state must have {self.horizon} layers, got {len(state['nodes'])}")
-        self.episode, self.simulator_calls = int(state["episode"]), int(state["simulator_calls"])
+        episode, simulator_calls = int(state["episode"]), int(state["simulator_calls"])
+        if not 0 <= episode <= self.n_episodes:
+            raise ValueError(f"state must be of at most n_episodes = {self.n_episodes} episodes, got {episode}")
+        played = {name.removeprefix("_"): getattr(self, name)[:, :episode] for name in self.HISTORY}
+        history = checked_arrays(state["history"], played)
+        phi = {"phi": np.empty(self.dim)}
+        trajectory = [(checked_arrays(step, phi)["phi"], float(step["loss"])) for step in state["trajectory"]]
+        if len(trajectory) >= self.horizon:
+            raise ValueError(f"state must be of an episode of {self.horizon} steps, got {len(trajectory)} within one")
+        check_generator_state(self.rng, state["rng"])
+        nodes = [
+            {self.key(h, saved["state"]): self._restored(h, saved, episode) for saved in layer}
+            for h, layer in enumerate(state["nodes"])
+        ]
+        self.episode, self.simulator_calls = episode, simulator_calls
         self.rng.bit_generator.state = state["rng"]
         for name in self.HISTORY:
-            getattr(self, name)[:, : self.episode] = state["history"][name.removeprefix("_")]
-        self._trajectory = [(step["phi"].copy(), float(step["loss"])) for step in state["trajectory"]]
-        self._nodes = [{} for _ in range(self.horizon)]
-        for h, layer in enumerate(state["nodes"]):
-            for saved in layer:
-                node = Node(saved["state"], self._checked_features(h, saved["state"]))
-                node.cumulative = saved["cumulative"].copy()
-                node.policies, node.bonuses = list(saved["policies"]), list(saved["bonuses"])
-                self._nodes[h][self.key(h, saved["state"])] = node
+            getattr(self, name)[:, :episode] = history[name.removeprefix("_")]
+        self._trajectory, self._nodes = trajectory, nodes
+
+    def _restored(self, h: int, saved: dict[str, Any], episodes: int) -> Node:
+        node = Node(saved["state"], self._checked_features(h, saved["state"]))
+        known = len(saved["policies"])
+        if known > episodes:
+            raise ValueError(f"state must know {episodes} episodes at most, but a node of layer {h} knows {known}")
+        rows = np.empty((known, self.n_actions))
+        arrays = checked_arrays(saved, {"cumulative": node.cumulative, "policies": rows, "bonuses": rows})
+        node.cumulative = arrays["cumulative"]
+        node.policies, node.bonuses = list(arrays["policies"]), list(arrays["bonuses"])
+        return node

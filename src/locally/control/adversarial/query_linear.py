@@ -15,7 +15,7 @@ from locally.control.adversarial.epochs import epoch_coefficients, epoch_inverse
 from locally.control.adversarial.learner import sample_actions
 from locally.control.adversarial.parameters import EpochParameters
 from locally.control.adversarial.query import FeatureMap
-from locally.control.validity import check_index, check_unit_ball
+from locally.control.validity import check_generator_state, check_index, check_unit_ball, checked_arrays
 
 
 class QueryLinearMDPOptimizer:
@@ -283,12 +283,11 @@ class QueryLinearMDPOptimizer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; ValueError if an array of it has another shape here."""
-        arrays = {name: state["arrays"][name.removeprefix("_")] for name in self.SAVED}
-        for name, array in arrays.items():
-            if array.shape != getattr(self, name).shape:
-                raise ValueError(f"state must be of an agent of the same sizes, but {name} has shape {array.shape}")
-        for name, array in arrays.items():
-            setattr(self, name, array.copy())
-        for name in self.COUNTERS:
-            setattr(self, name, int(state["counters"][name.removeprefix("_")]))
+        arrays = checked_arrays(state["arrays"], {name.removeprefix("_"): getattr(self, name) for name in self.SAVED})
+        counters = {name: int(state["counters"][name.removeprefix("_")]) for name in self.COUNTERS}
+        check_generator_state(self.rng, state["rng"])
+        for name in self.SAVED:
+            setattr(self, name, arrays[name.removeprefix("_")])
+        for name, count in counters.items():
+            setattr(self, name, count)
         self.rng.bit_generator.state = state["rng"]

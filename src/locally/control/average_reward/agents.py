@@ -1,7 +1,7 @@
 """LOOP and MLE-LOOP: optimism over a confidence set, and a new policy only when the data contradict the old one.
 
-Source: He, Zhong & Yang (ICLR 2024), arXiv 2404.12648, Algorithms 1 and 2. Each change of policy may cost the span of
-V* in regret, on top of what Bellman errors cost: that is why it waits for a contradiction.
+Source: He, Zhong & Yang (ICLR 2024), arXiv 2404.12648, Algorithms 1 and 2. Each new hypothesis may cost the span of V*
+in regret, on top of what Bellman errors cost: that is why it waits for a contradiction.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,8 @@ from numpy import ndarray
 from locally.checks import check_choice, check_nonnegative
 from locally.control.average_reward.hypotheses import HypothesisClass, check_settings, check_step
 from locally.control.average_reward.planning import Plan
-from locally.control.average_reward.walks import Trace, Walk
-from locally.control.validity import check_index
+from locally.control.average_reward.walks import Trace, Walk, check_walk
+from locally.control.validity import check_generator_state, check_index, checked_arrays, checked_policy
 
 RandomSource = np.random.Generator | int | None
 
@@ -51,7 +51,8 @@ class LOOP:
     Attributes:
         policy_: action for each state; None before the first step.
         gain_: J of the hypothesis being followed.
-        n_switches_, switch_times_: changes of policy after the first plan, and the steps before which they came.
+        n_switches_, switch_times_: plans after the first, and the steps before which they were made. They are what the
+            theorem counts: the value function of the regret's telescope changes, even where the greedy policy does not.
         epochs_: every plan, with its beta and its discrepancy at that moment.
         n_steps_: steps observed.
 
@@ -145,7 +146,7 @@ class LOOP:
 
     @property
     def n_switches_(self) -> int:
-        """Plans after the first; each counts as a change of policy."""
+        """Plans after the first, whether or not their greedy policy differs from the one before."""
         return max(len(self.epochs_) - 1, 0)
 
     def act(self, observation: Any) -> int:
@@ -176,7 +177,8 @@ class LOOP:
         self._due = not self.lazy or self.hypotheses.stale(self.epochs_[-1].beta if self.epochs_ else self.beta_)
 
     def advance(self, walk: Walk, trace: Trace) -> None:
-        """Walk as many steps as `trace` holds, as `act` and `observe` would."""
+        """Walk as many steps as `trace` holds, as `act` and `observe` would; ValueError for a walk of other sizes."""
+        check_walk(walk, self)
         done = 0
         while done < trace.rewards.size:
             plan, beta = self._plan(), self.epochs_[-1].beta
@@ -211,15 +213,27 @@ class LOOP:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments."""
+        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments.
+
+        Raises:
+            ValueError: the state is of hypotheses of other sizes; then nothing has changed.
+        """
+        epochs = [self._epoch(e) for e in state["epochs"]]
+        span, n_steps, due = float(state["span"]), int(state["n_steps"]), bool(state["due"])
+        if not (due or epochs):
+            raise ValueError("state must hold the plan that is followed, or be due for one, got no epochs")
+        check_generator_state(self.rng, state["rng"])
         self.hypotheses.load_state_dict(state["hypotheses"])
-        self.span, self.n_steps_, self._due = state["span"], state["n_steps"], state["due"]
+        self.span, self.n_steps_, self._due, self.epochs_ = span, n_steps, due, epochs
         self.rng.bit_generator.state = state["rng"]
-        own = ("start", "beta", "discrepancy")
-        self.epochs_ = [
-            Epoch(plan=Plan(**{k: v for k, v in e.items() if k not in own}), **{k: e[k] for k in own})
-            for e in state["epochs"]
-        ]
+
+    def _epoch(self, saved: dict[str, Any]) -> Epoch:
+        cells = np.zeros((self.n_states, self.n_actions))
+        arrays = checked_arrays(saved, {"V": cells[:, 0], "w": cells, "bonus": cells})
+        policy = checked_policy("policy of an epoch", saved["policy"], self.n_states, self.n_actions)
+        converged, clipped = bool(saved["converged"]), bool(saved["clipped"])
+        plan = Plan(policy=policy, gain=float(saved["gain"]), **arrays, converged=converged, clipped=clipped)
+        return Epoch(int(saved["start"]), plan, float(saved["beta"]), float(saved["discrepancy"]))
 
 
 class MLELOOP(LOOP):

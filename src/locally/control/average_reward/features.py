@@ -13,11 +13,17 @@ from numpy import ndarray
 from scipy.optimize import nnls
 
 from locally.checks import check_choice, check_count, check_finite, check_positive, check_shape, check_symmetric
-from locally.control.average_reward.hypotheses import squared_loss_beta
+from locally.control.average_reward.hypotheses import check_transition, squared_loss_beta
 from locally.control.average_reward.kernels import follow_linear, learn_linear
 from locally.control.average_reward.planning import Plan, Planner, optimistic_plan
-from locally.control.average_reward.walks import Trace, Walk
-from locally.control.validity import TOLERANCE, check_kernel, check_unit_ball, check_unit_interval
+from locally.control.average_reward.walks import Trace, Walk, check_walk
+from locally.control.validity import (
+    TOLERANCE,
+    check_kernel,
+    check_unit_ball,
+    check_unit_interval,
+    checked_arrays,
+)
 
 Trigger = Literal["discrepancy", "determinant"]
 ASCENTS = 20  # of a mixture's plan
@@ -67,10 +73,9 @@ class _Regression:
         self.inverse = np.linalg.inv(self.gram)
 
     def add(self, state: int, action: int, reward: float, following: int) -> None:
-        """Take in one step, O(d^2); the inverse of the Gram matrix is kept by rank-one updates."""
-        self._upsilon, more = learn_linear(
-            self._rows()[state, action], self._pay * reward, following, self._V, *self._arrays()
-        )
+        """Take in one step, O(d^2), by rank-one updates; TypeError or ValueError for one that is none."""
+        s, a, r, s_next = check_transition(self, state, action, reward, following)
+        self._upsilon, more = learn_linear(self._rows()[s, a], self._pay * r, s_next, self._V, *self._arrays())
         self._growth += more
 
     def discrepancy(self) -> float:
@@ -88,6 +93,7 @@ class _Regression:
 
     def advance(self, walk: Walk, plan: Plan, beta: float, trace: Trace, start: int) -> int:
         """As for `HypothesisClass.advance`, O(d^2) a step."""
+        check_walk(walk, self, plan.policy)
         taken, walk.state, self._upsilon, self._growth = follow_linear(
             walk.world, plan.policy, walk.state, walk.rng, self._rows(), self._pay, self._V, *self._arrays(),
             self._upsilon, self._growth, *self._limits(beta), *trace.part(start, trace.rewards.size),
@@ -105,11 +111,12 @@ class _Regression:
         return arrays | {"V": self._V.copy(), "upsilon": self._upsilon, "growth": self._growth}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the class must have been constructed with the same arguments."""
-        arrays = (np.array(state[name]) for name in self._NAMES)
-        self._w, self.gram, self.inverse, self.arrivals, self.sums, self.targets, self._gradient = arrays
-        self._V = np.array(state["V"])
-        self._upsilon, self._growth = float(state["upsilon"]), float(state["growth"])
+        """Go on where `state_dict` was taken; ValueError if its class had other sizes."""
+        arrays = checked_arrays(state, dict(zip(self._NAMES, self._arrays())) | {"V": self._V})
+        upsilon, growth = float(state["upsilon"]), float(state["growth"])
+        *sums, self._V = arrays.values()
+        self._w, self.gram, self.inverse, self.arrivals, self.sums, self.targets, self._gradient = sums
+        self._upsilon, self._growth = upsilon, growth
 
 
 class LinearValue(_Regression):
@@ -419,6 +426,7 @@ class LinearMixture(_Regression):
         return super().state_dict() | {"x": self._x.copy()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the class must have been constructed with the same arguments."""
+        """Go on where `state_dict` was taken; ValueError if its class had other sizes."""
+        x = checked_arrays(state, {"x": self._x})["x"]
         super().load_state_dict(state)
-        self._x = np.array(state["x"])
+        self._x = x

@@ -9,6 +9,8 @@ from locally.control.average_reward.planning import Plan
 from locally.control.average_reward.walks import Trace, Walk
 from locally.control.validity import check_index
 
+STEP = "observation", "next_observation"
+
 
 @runtime_checkable
 class HypothesisClass(Protocol):
@@ -30,7 +32,7 @@ class HypothesisClass(Protocol):
         """Make the most optimistic hypothesis within beta current, and return its greedy policy with its values."""
 
     def add(self, state: int, action: int, reward: float, following: int) -> None:
-        """Take in one step; states and actions are numbers, the reward is in [0, 1]."""
+        """Take in one step; TypeError or ValueError for a state, action or reward outside [0, 1] that is none."""
 
     def discrepancy(self) -> float:
         """Upsilon of the current hypothesis on all data so far."""
@@ -48,7 +50,11 @@ class HypothesisClass(Protocol):
         """The data and the current hypothesis, as arrays and numbers."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the class must have been constructed with the same arguments."""
+        """Go on where `state_dict` was taken; the class must have been constructed with the same arguments.
+
+        Raises:
+            ValueError: the state is of another problem; then nothing has changed.
+        """
 
 
 def squared_loss_beta(complexity: float, horizon: int, span: float, delta: float, scale: float) -> float:
@@ -71,12 +77,19 @@ def check_settings(horizon: int, span: float, delta: float, scale: float) -> Non
     check_positive("beta_scale", scale)
 
 
-def check_step(of: Any, state: Any, action: Any, reward: Any, following: Any) -> tuple[int, int, float, int]:
-    """A step of a finite process with a reward in [0, 1]."""
+def check_step(
+    of: Any, state: Any, action: Any, reward: Any, following: Any, names: tuple[str, str] = STEP
+) -> tuple[int, int, float, int]:
+    """A step of a finite process with a reward in [0, 1]; `names` are those of the two states in what is raised."""
     check_between("reward", reward, 0, 1)
     return (
-        check_index("observation", state, of.n_states),
+        check_index(names[0], state, of.n_states),
         check_index("action", action, of.n_actions),
         float(reward),
-        check_index("next_observation", following, of.n_states),
+        check_index(names[1], following, of.n_states),
     )
+
+
+def check_transition(of: Any, state: Any, action: Any, reward: Any, following: Any) -> tuple[int, int, float, int]:
+    """As `check_step`, with the names of `HypothesisClass.add`."""
+    return check_step(of, state, action, reward, following, ("state", "following"))

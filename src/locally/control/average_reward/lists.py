@@ -9,12 +9,12 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from locally.checks import check_finite, check_shape
-from locally.control.average_reward.hypotheses import squared_loss_beta
+from locally.control.average_reward.hypotheses import check_transition, squared_loss_beta
 from locally.control.average_reward.kernels import follow_models, follow_values, learn_models, learn_values
 from locally.control.average_reward.planning import Plan
-from locally.control.average_reward.walks import Trace, Walk
+from locally.control.average_reward.walks import Trace, Walk, check_walk
 from locally.control.dynamic_programming import AverageRewardSolution, solve_average_reward
-from locally.control.validity import check_kernel, check_unit_interval
+from locally.control.validity import check_index, check_kernel, check_unit_interval, checked_arrays
 
 
 class FiniteValue:
@@ -101,8 +101,8 @@ class FiniteValue:
         return float(np.ptp(self.V[self.excess().argmin()]))
 
     def add(self, state: int, action: int, reward: float, following: int) -> None:
-        """Add one step to every squared loss; O(m (k + 1))."""
-        self._upsilon = learn_values(state, action, reward, following, *self._arrays())
+        """Add one step to every squared loss, O(m (k + 1)); TypeError or ValueError for one that is none."""
+        self._upsilon = learn_values(*check_transition(self, state, action, reward, following), *self._arrays())
 
     def discrepancy(self) -> float:
         """Upsilon: by how much the current hypothesis's squared loss exceeds its best auxiliary one."""
@@ -114,6 +114,7 @@ class FiniteValue:
 
     def advance(self, walk: Walk, plan: Plan, beta: float, trace: Trace, start: int) -> int:
         """As for `HypothesisClass.advance`, O(m (k + 1)) a step."""
+        check_walk(walk, self, plan.policy)
         taken, walk.state, self._upsilon = follow_values(
             walk.world, plan.policy, walk.state, walk.rng, *self._arrays(), self._upsilon, 4 * beta,
             *trace.part(start, trace.rewards.size),
@@ -124,14 +125,17 @@ class FiniteValue:
         return self._own, self._others, self.V, self.own_loss, self.other_loss, self._current
 
     def state_dict(self) -> dict[str, Any]:
-        """All squared losses and the current hypothesis."""
+        """All squared losses, the current hypothesis, and the gains, which tell the list from another."""
         losses = {"own_loss": self.own_loss.copy(), "other_loss": self.other_loss.copy()}
-        return losses | {"current": self._current, "upsilon": self._upsilon}
+        return losses | {"current": self._current, "upsilon": self._upsilon, "gains": self.J.copy()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the list must be of the same hypotheses."""
-        self.own_loss, self.other_loss = np.array(state["own_loss"]), np.array(state["other_loss"])
-        self._current, self._upsilon = int(state["current"]), float(state["upsilon"])
+        """Go on where `state_dict` was taken; ValueError if its list had other sizes or gains."""
+        losses = checked_arrays(state, {"own_loss": self.own_loss, "other_loss": self.other_loss})
+        _check_gains(state, self.J)
+        current, upsilon = check_index("current", state["current"], len(self.J)), float(state["upsilon"])
+        self.own_loss, self.other_loss = losses.values()
+        self._current, self._upsilon = current, upsilon
 
 
 class FiniteModels:
@@ -199,8 +203,8 @@ class FiniteModels:
         return self.solutions[self.likeliest()].span
 
     def add(self, state: int, action: int, reward: float, following: int) -> None:
-        """Add one step to the log-likelihoods and to the distances between models; O(m)."""
-        self._distance = learn_models(state, action, reward, following, *self._arrays())
+        """Add one step to log-likelihoods and distances of models, O(m); TypeError or ValueError for no step."""
+        self._distance = learn_models(*check_transition(self, state, action, reward, following), *self._arrays())
         self._n_seen += 1
 
     def discrepancy(self) -> float:
@@ -213,6 +217,7 @@ class FiniteModels:
 
     def advance(self, walk: Walk, plan: Plan, beta: float, trace: Trace, start: int) -> int:
         """As for `HypothesisClass.advance`, O(m) a step."""
+        check_walk(walk, self, plan.policy)
         taken, walk.state, self._distance = follow_models(
             walk.world, plan.policy, walk.state, walk.rng, *self._arrays(), self._distance, beta, self._n_seen,
             *trace.part(start, trace.rewards.size),
@@ -225,8 +230,9 @@ class FiniteModels:
         return self._log_P, self._log_R, self._log_not_R, *learnt
 
     def state_dict(self) -> dict[str, Any]:
-        """Log-likelihoods, visits, sums of distances, and the current model."""
+        """Log-likelihoods, visits, sums of distances, the current model, and the gains, which tell the list."""
         return {
+            "gains": self.J.copy(),
             "likelihoods": self.likelihoods.copy(),
             "visits": self.visits.copy(),
             "sums": self._sums.copy(),
@@ -236,11 +242,22 @@ class FiniteModels:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the list must be of the same models."""
-        self.likelihoods, self.visits = np.array(state["likelihoods"]), np.array(state["visits"])
-        self._take(int(state["current"]))
-        self._sums = np.array(state["sums"])
-        self._distance, self._n_seen = float(state["distance"]), int(state["n_seen"])
+        """Go on where `state_dict` was taken; ValueError if its list had other sizes or gains."""
+        here = {"likelihoods": self.likelihoods, "visits": self.visits, "sums": self._sums}
+        arrays = checked_arrays(state, here)
+        _check_gains(state, self.J)
+        current = check_index("current", state["current"], len(self.J))
+        distance, n_seen = float(state["distance"]), int(state["n_seen"])
+        self.likelihoods, self.visits = arrays["likelihoods"], arrays["visits"]
+        self._take(current)
+        self._sums, self._distance, self._n_seen = arrays["sums"], distance, n_seen
+
+
+def _check_gains(state: dict[str, Any], J: Float[ndarray, " m"]) -> None:
+    gains = checked_arrays(state, {"gains": J})["gains"]
+    if not np.allclose(gains, J, rtol=1e-6, atol=1e-9):
+        f = int(np.abs(gains - J).argmax())
+        raise ValueError(f"state must be of the same list: its hypothesis {f} has gain {gains[f]:.6g}, not {J[f]:.6g}")
 
 
 def _solutions(P: Sequence[ndarray], R: Sequence[ndarray]) -> list[AverageRewardSolution]:

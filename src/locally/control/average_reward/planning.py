@@ -99,7 +99,9 @@ def optimistic_plan(
     >>> round(plan.gain, 6), plan.policy
     (0.9, array([1, 1]))
     """
+    check_shape("r", r, (None, None))
     S, A = r.shape
+    check_shape("P", P, (S, A, S))
     check_finite("P", P)
     check_finite("r", r)
     check_finite("metric", metric)

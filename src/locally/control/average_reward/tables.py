@@ -7,10 +7,11 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from locally.checks import check_choice, check_count, check_positive
-from locally.control.average_reward.hypotheses import squared_loss_beta
+from locally.control.average_reward.hypotheses import check_transition, squared_loss_beta
 from locally.control.average_reward.kernels import follow_table, learn_table
 from locally.control.average_reward.planning import Plan, Planner, optimistic_plan
-from locally.control.average_reward.walks import Trace, Walk
+from locally.control.average_reward.walks import Trace, Walk, check_walk
+from locally.control.validity import checked_arrays
 
 
 class TabularValue:
@@ -87,8 +88,9 @@ class TabularValue:
         return float(optimistic_plan(P, r, metric, 0.0, ceiling=1.0).V.max())
 
     def add(self, state: int, action: int, reward: float, following: int) -> None:
-        """Take in one step, O(1)."""
-        self._upsilon = learn_table(state, action, reward, following, *self._arrays(), self.lam, self._upsilon)
+        """Take in one step, O(1); TypeError or ValueError for one that is none."""
+        step = check_transition(self, state, action, reward, following)
+        self._upsilon = learn_table(*step, *self._arrays(), self.lam, self._upsilon)
 
     def discrepancy(self) -> float:
         """Upsilon of the current table, kept up step by step."""
@@ -105,6 +107,7 @@ class TabularValue:
 
     def advance(self, walk: Walk, plan: Plan, beta: float, trace: Trace, start: int) -> int:
         """As for `HypothesisClass.advance`, O(1) a step."""
+        check_walk(walk, self, plan.policy)
         taken, walk.state, self._upsilon = follow_table(
             walk.world, plan.policy, walk.state, walk.rng, *self._arrays(), self.lam, self._upsilon, 4 * beta,
             *trace.part(start, trace.rewards.size),
@@ -114,13 +117,14 @@ class TabularValue:
     def _arrays(self) -> tuple[ndarray, ...]:
         return self.visits, self.arrivals, self.rewards, self._w, self._V, self._targets
 
+    _NAMES = ("visits", "arrivals", "rewards", "w", "V", "targets")
+
     def state_dict(self) -> dict[str, Any]:
         """Counts, sums, the current table with its V, and Upsilon."""
-        names = ("visits", "arrivals", "rewards", "w", "V", "targets")
-        return {name: array.copy() for name, array in zip(names, self._arrays())} | {"upsilon": self._upsilon}
+        return {name: array.copy() for name, array in zip(self._NAMES, self._arrays())} | {"upsilon": self._upsilon}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the class must have been constructed with the same sizes."""
-        arrays = (np.array(state[name]) for name in ("visits", "arrivals", "rewards", "w", "V", "targets"))
-        self.visits, self.arrivals, self.rewards, self._w, self._V, self._targets = arrays
-        self._upsilon = float(state["upsilon"])
+        """Go on where `state_dict` was taken; ValueError if its class had other sizes."""
+        arrays, upsilon = checked_arrays(state, dict(zip(self._NAMES, self._arrays()))), float(state["upsilon"])
+        self.visits, self.arrivals, self.rewards, self._w, self._V, self._targets = arrays.values()
+        self._upsilon = upsilon

@@ -8,12 +8,12 @@ import numpy as np
 from jaxtyping import Float, Int
 from numpy import ndarray
 
-from locally.checks import check_count
+from locally.checks import check_count, check_shape
 from locally.control.agents import Agent
 from locally.control.average_reward.kernels import walk_step
 from locally.control.dynamic_programming import evaluate_gain
 from locally.control.environments.processes import ContinuingMDP
-from locally.control.validity import check_index
+from locally.control.validity import check_generator_state, check_index, checked_policy
 
 CHUNK = 1 << 16  # steps whose states are held at once
 
@@ -49,18 +49,24 @@ class Walk:
         return {"state": self.state, "rng": self.rng.bit_generator.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken, on the same process."""
-        self.state = int(state["state"])
+        """Go on where `state_dict` was taken, on the same process; ValueError for a state that it does not have."""
+        at = check_index("state", state["state"], self.mdp.n_states)
+        check_generator_state(self.rng, state["rng"])
+        self.state = at
         self.rng.bit_generator.state = state["rng"]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """States, actions and rewards of a stretch of steps, to be filled."""
+    """States, actions and rewards of a stretch of steps, to be filled; ValueError where their lengths differ."""
 
     states: Int[ndarray, " steps"]
     actions: Int[ndarray, " steps"]
     rewards: Float[ndarray, " steps"]
+
+    def __post_init__(self) -> None:
+        for name in ("states", "actions"):
+            check_shape(name, getattr(self, name), (self.rewards.size,))
 
     @classmethod
     def empty(cls, steps: int) -> "Trace":
@@ -70,6 +76,20 @@ class Trace:
     def part(self, start: int, stop: int) -> tuple[ndarray, ndarray, ndarray]:
         """Views of states, actions and rewards from step `start` up to `stop`: writing to them fills the trace."""
         return self.states[start:stop], self.actions[start:stop], self.rewards[start:stop]
+
+
+def check_walk(walk: Walk, of: Any, policy: Any = None) -> None:
+    """Whether `of` has the walk's states and actions, and `policy`, if any, an action for each: loops do not look.
+
+    Raises:
+        TypeError, ValueError: sizes differ, the policy is none, or the walk is in no state.
+    """
+    for name in ("n_states", "n_actions"):
+        if getattr(of, name) != getattr(walk.mdp, name):
+            raise ValueError(f"walk must have {name} = {getattr(of, name)}, got {getattr(walk.mdp, name)}")
+    check_index("walk.state", walk.state, walk.mdp.n_states)
+    if policy is not None:
+        checked_policy("policy", policy, of.n_states, of.n_actions)
 
 
 @runtime_checkable
@@ -89,7 +109,7 @@ class Regret:
         realised: times * J* minus the rewards received.
         expected: sum over the steps of V*(s) - Q*(s, a), how much each action gave away. Its mean differs from that of
             `realised` by at most the span of V*, and it has none of the noise of rewards and transitions.
-        switch_times: steps before which the policy changed, the first plan left out.
+        switch_times: steps before which a new plan was made, the first left out; see `LOOP.switch_times_`.
         gain_gaps: J* minus the gain of the policy in use at `times`; NaN for agents without a fixed one.
         visits: how often each (s, a) was taken.
         states, actions: of every step, where they were asked for.
@@ -106,7 +126,7 @@ class Regret:
 
     @property
     def n_switches(self) -> int:
-        """Changes of policy after the first plan."""
+        """Plans after the first."""
         return len(self.switch_times)
 
     def at(self, time: int, which: str = "realised") -> float:

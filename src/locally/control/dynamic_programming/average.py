@@ -27,7 +27,8 @@ class Status(StrEnum):
     """How a solve of an average-reward process ended; set by the solver, read from `AverageRewardSolution.status`."""
 
     CONVERGED = "converged"
-    ITERATION_LIMIT = "iteration limit"  # also where the callback ended it
+    ITERATION_LIMIT = "iteration limit"
+    STOPPED = "stopped by the callback"
     GAIN_VARIES = "the best gain depends on the start: the process is not weakly communicating"
 
 
@@ -82,7 +83,7 @@ def solve_average_reward(
         tol: for "rvi" the span of the last step, which bounds the error of the gain; for the others the smallest
             improvement that counts.
         max_iter: rounds or sweeps, at least 1.
-        callback: called with (rounds, residual); True ends the iteration early.
+        callback: called with (rounds, residual); True ends the iteration early, with STOPPED unless it had converged.
 
     Raises:
         ValueError: P is no kernel, R holds NaN or infinity, an option is out of range.
@@ -202,7 +203,7 @@ def _policy_iteration(
             return _solution(P, R, of.gain, of.bias, n, Status.GAIN_VARIES) if varies else found
         policy = improved
         if stop:
-            break
+            return _solution(P, R, of.gain, of.bias, n, Status.STOPPED)
     return _solution(P, R, of.gain, of.bias, n, Status.ITERATION_LIMIT)
 
 
@@ -224,6 +225,7 @@ def _value_iteration(
             status = Status.CONVERGED
             break
         if callback is not None and callback(n, width):
+            status = Status.STOPPED
             break
     gain = np.full(len(R), (step.max() + step.min()) / 2)
     return _solution(P, R, gain, V, n, status)

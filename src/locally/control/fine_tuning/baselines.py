@@ -17,7 +17,7 @@ from locally.control.environments import EpisodicMDP
 from locally.control.fine_tuning.estimation import Fit, Moments, check_features
 from locally.control.fine_tuning.exploration import play_episodes
 from locally.control.fine_tuning.offline import OfflineDataset
-from locally.control.validity import check_index
+from locally.control.validity import check_generator_state, check_index, checked_arrays
 
 
 @dataclass(frozen=True)
@@ -210,14 +210,18 @@ class LSVIUCB:
         """Go on where `state_dict` was taken.
 
         Raises:
-            ValueError: the state is of an agent for other features.
+            ValueError: the state is of an agent for other features, or damaged; then nothing has changed.
         """
         if state["shape"] != list(self.features.shape):
             raise ValueError(f"state must be of an agent with features of shape {list(self.features.shape)}")
-        arrays = {name: np.array(state[name]) for name in ("covariance", "following", "reward")}
+        names = ("covariance", "following", "reward")
+        arrays = checked_arrays(state, {name: getattr(self._moments, name) for name in names})
+        plan = checked_arrays(state, {"size": self._size, "actions": self._actions})
+        n_episodes = int(state["n_episodes"])
+        check_generator_state(self.rng, state["rng"])
         self._moments = Moments(**arrays)
-        self._size, self._actions = np.array(state["size"]), np.array(state["actions"])
-        self.n_episodes = int(state["n_episodes"])
+        self._size, self._actions = plan["size"], plan["actions"]
+        self.n_episodes = n_episodes
         self.rng.bit_generator.state = state["rng"]
 
 

@@ -22,7 +22,7 @@ from locally.control.fine_tuning.exploration import exact_policy, optimistic_pol
 from locally.control.fine_tuning.offline import OfflineDataset
 from locally.control.fine_tuning.policies import average_features
 from locally.control.fine_tuning.results import Certificate, FineTuningResult, Phase, Status, proved_beta_scale
-from locally.control.validity import TOLERANCE, check_index, check_kernel
+from locally.control.validity import TOLERANCE, check_generator_state, check_index, check_kernel, checked_arrays
 
 Explorer = Literal["optimistic", "exact", "uniform"]
 Schedule = Literal["adaptive", "doubling"]
@@ -429,7 +429,8 @@ class FTPedel:
         """Go on where `state_dict` was taken; the learner must have been constructed with the same arguments.
 
         Raises:
-            ValueError: the state is of a learner with other settings or another bit generator.
+            ValueError: the state is of a learner with other settings or another bit generator, or damaged; then nothing
+                has changed.
         """
         for name, mine in self._settings().items():
             if state["settings"].get(name) != mine:
@@ -437,13 +438,18 @@ class FTPedel:
         generator = self.rng.bit_generator.state["bit_generator"]
         if state["rng"]["bit_generator"] != generator:
             raise ValueError(f"state must come from a {generator} generator, got {state['rng']['bit_generator']}")
+        check_generator_state(self.rng, state["rng"])
+        arrays = checked_arrays(state["arrays"], self._arrays())
+        alive = np.array(state["alive"], np.int64)
+        if alive.ndim != 1 or alive.size == 0 or not 0 <= alive.min() <= alive.max() < len(self.policies):
+            raise ValueError(f"state must hold policies of 0, ..., {len(self.policies) - 1} as alive, got {alive}")
+        status, progress = Status(state["status"]), [int(number) for number in state["progress"]]
+        history = [Phase.from_dict(phase) for phase in state["history"]]
+        self.phase, self.layer, self.n_episodes, self._batch, self._round, self._round_left = progress
         self.rng.bit_generator.state = state["rng"]
-        self.status = Status(state["status"])
-        self.phase, self.layer, self.n_episodes, self._batch, self._round, self._round_left = state["progress"]
-        self.history = [Phase.from_dict(phase) for phase in state["history"]]
+        self.status, self.history, self.alive = status, history, alive
         for name, array in self._arrays().items():
-            array[...] = state["arrays"][name]
-        self.alive = np.array(state["alive"])
+            array[...] = arrays[name]
         self._averages = np.ascontiguousarray(average_features(self.features, self.policies)[:, self.alive])
 
     def _settings(self) -> dict[str, Any]:

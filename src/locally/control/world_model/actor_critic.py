@@ -73,10 +73,12 @@ class SoftActorCritic:
         self.temperature_optimizer = torch.optim.Adam(self.temperature.parameters(), lr=lr)
 
     def act(self, observation: Any) -> Float[ndarray, " n_actions"]:
+        """A draw from the policy here, within the limits of the action space."""
         return self.sample(check_vector("observation", observation, self.width)[None])[0]
 
     @torch.no_grad()
     def sample(self, observations: ndarray) -> Float[ndarray, "n n_actions"]:
+        """A draw from the policy for each row."""
         squashed, _ = self._draw(self._read(observations))
         return (self.centre + self.radius * squashed).numpy()
 
@@ -124,8 +126,10 @@ class SoftActorCritic:
         return torch.from_numpy(np.asarray(observations, np.float32)) / self.scale
 
     def state_dict(self) -> dict[str, Any]:
+        """Networks, temperature, the three optimizers and the generator."""
         optimizers = ("actor_optimizer", "critic_optimizer", "temperature_optimizer")
         return save(self, ("actor", "critics", "targets", "temperature", *optimizers))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the learner must have been constructed with the same arguments."""
         load(self, state)

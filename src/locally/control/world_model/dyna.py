@@ -6,6 +6,7 @@ import numpy as np
 from numpy import ndarray
 
 from locally.checks import check_choice, check_count
+from locally.control.validity import check_generator_state
 from locally.control.world_model.learners import Learner, Transitions
 from locally.control.world_model.model import WorldModel
 
@@ -72,6 +73,7 @@ class DynaAgent:
         self.done_there: ndarray | None = None
 
     def act(self, observation: Any) -> Any:
+        """What the learner does here."""
         return self.learner.act(observation)
 
     def observe(
@@ -84,6 +86,7 @@ class DynaAgent:
         terminated: bool = False,
         truncated: bool = False,
     ) -> None:
+        """Learn from the step once, in the model and (unless `learn_from_real` is off) in the learner; then plan."""
         if self.model is not None:
             self.model.update(observation, action, reward, next_observation, terminated)
         if self.learn_from_real:
@@ -123,6 +126,7 @@ class DynaAgent:
             self.learner.learn(Transitions(*(part[at : at + self.planning_batch] for part in parts)))
 
     def state_dict(self) -> dict[str, Any]:
+        """Learner, model, the sample of visited states and the generator."""
         kept = min(self.n_steps, self.start_memory)
         return {
             "learner": self.learner.state_dict(),
@@ -137,20 +141,31 @@ class DynaAgent:
         """Go on from `state_dict`; the agent must have been constructed with the same arguments.
 
         Raises:
-            ValueError: the state is of an agent with a model and this one has none, or the other way round.
+            ValueError: the state is of an agent with a model and this one has none, or the other way round, or one of
+                the agent's parts refuses its own.
         """
         if (state["model"] is None) != (self.model is None):
             raise ValueError("state must be of an agent that has a model where this one does")
+        n_steps = int(state["n_steps"])
+        starts, done_there = (self._spread_out(name, state[name], n_steps) for name in ("starts", "done_there"))
+        check_generator_state(self.rng, state["rng"])
+        before = self.learner.state_dict()
         self.learner.load_state_dict(state["learner"])
         if self.model is not None:
-            self.model.load_state_dict(state["model"])
-        self.n_steps = int(state["n_steps"])
-        self.starts, self.done_there = (self._spread_out(state[name]) for name in ("starts", "done_there"))
+            try:
+                self.model.load_state_dict(state["model"])
+            except Exception:
+                self.learner.load_state_dict(before)
+                raise
+        self.n_steps, self.starts, self.done_there = n_steps, starts, done_there
         self.rng.bit_generator.state = state["rng"]
 
-    def _spread_out(self, kept: ndarray | None) -> ndarray | None:
+    def _spread_out(self, name: str, kept: ndarray | None, n_steps: int) -> ndarray | None:
         if kept is None:
             return None
+        if len(kept) != min(n_steps, self.start_memory):
+            expected = min(n_steps, self.start_memory)
+            raise ValueError(f"state must hold {expected} {name} of {n_steps} steps for this agent, got {len(kept)}")
         full = np.zeros((self.start_memory, *kept.shape[1:]), kept.dtype)
         full[: len(kept)] = kept
         return full

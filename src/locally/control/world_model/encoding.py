@@ -144,6 +144,8 @@ class LosseEncoder(TransformerMixin, BaseEstimator):
 
     def _encode(self, X: Float[ndarray, "n n_inputs"]) -> tuple[Int[ndarray, "n K"], Float[ndarray, "n K"]]:
         U = expit(X @ self.projection_)
+        if np.isnan(U.sum()):  # infinity minus infinity; the loops below index by what they find
+            raise ValueError("X must be small enough for its projections to be finite")
         U *= self.n_bins
         indices = np.empty((len(X), self.n_active_), np.int64)
         values = np.empty((len(X), self.n_active_))
@@ -188,9 +190,20 @@ class RandomReLU(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: Any) -> Float[ndarray, "n components"]:
+        """The codes max(0, [x, 1] P) of all rows; NotFittedError before `fit`."""
         check_is_fitted(self)
         X = read_inputs(self, X)
         return np.maximum(X @ self.weights_[:-1] + self.weights_[-1], 0)
+
+
+def take_over(estimator: Any, fresh: Any) -> None:
+    """Everything fitted, and nothing else, from another estimator of the same arguments."""
+    arguments = estimator.get_params(deep=False)
+    for name in [n for n in vars(estimator) if n not in arguments]:
+        delattr(estimator, name)
+    for name, value in vars(fresh).items():
+        if name not in arguments:
+            setattr(estimator, name, value)
 
 
 def read_inputs(estimator: Any, X: Any) -> Float[ndarray, "n n_inputs"]:

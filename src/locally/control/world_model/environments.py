@@ -126,7 +126,7 @@ class PointMass(gymnasium.Env):
     """Push a mass on the square [-1, 1]^2 to the origin: a quick problem of continuous control.
 
     Observations are position and velocity, actions a force in [-1, 1]^2. A step lasts 0.1: v <- (1 - friction) v +
-    0.3 a, x <- x + 0.1 v; walls stop the mass. The reward is -|x|^2 - 0.01 |a|^2.
+    0.3 a, clipped to [-3, 3]^2, then x <- x + 0.1 v; walls stop the mass. The reward is -|x|^2 - 0.01 |a|^2.
 
     Args:
         friction: share of the velocity that a step takes away, in [0, 1].
@@ -174,6 +174,7 @@ class PointMass(gymnasium.Env):
         return self.state.astype(np.float32), reward, False, self.n_steps >= self.max_steps, {}
 
     def after(self, state: Float[ndarray, " 4"], force: Float[ndarray, " 2"]) -> Float[ndarray, " 4"]:
+        """Position and velocity one step later; a velocity is at most 3 in each direction."""
         velocity = np.clip((1 - self.friction) * state[2:] + 0.3 * force, -3, 3)
         position = state[:2] + 0.1 * velocity
         stopped = np.abs(position) > 1

@@ -15,6 +15,7 @@ from numpy import ndarray
 from scipy.linalg import solve_triangular
 from scipy.linalg.lapack import dposv
 
+from locally.control.validity import checked_arrays
 from locally.control.world_model.gram import DenseGram, Gram, RowGram
 
 LARGEST_EPS = 1e-2  # up to here a block that is not positive definite in floating point gets a larger ridge
@@ -107,12 +108,19 @@ class BlockLeader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; ValueError if its leader had other codes or targets."""
         D = len(self.W)
         gram = sp.csr_array((state["gram_values"], state["gram_columns"], state["gram_pointers"]), shape=(D, D))
+        gram.check_format(full_check=True)  # the rows are read by compiled loops
+        active = np.asarray(state["active"])
+        if (active != np.unique(active)).any() or (active.size and not 0 <= active[0] <= active[-1] < D):
+            raise ValueError(f"state must hold ascending nodes of 0, ..., {D - 1} as active")
+        rows = checked_arrays(state, {"W": self.W[active], "B": self.B[active]})
+        n_seen = int(state["n_seen"])
         self.gram.load_csr(gram)
         self.W[:], self.B[:] = 0, 0
-        self.W[state["active"]], self.B[state["active"]] = state["W"], state["B"]
-        self.n_seen = int(state["n_seen"])
+        self.W[active], self.B[active] = rows["W"], rows["B"]
+        self.n_seen = n_seen
 
 
 class FullLeader:
@@ -207,11 +215,16 @@ class FullLeader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.n_seen = int(state["n_seen"])
-        self.hindsight_loss = float(state["hindsight_loss"])
-        self.slot = np.array(state["slot"])
-        self.R, self.z = np.array(state["R"]), np.array(state["z"])
-        self.n_slots = len(self.R)
+        """Go on where `state_dict` was taken; ValueError if its leader had other codes or targets."""
+        slot = checked_arrays(state, {"slot": self.slot})["slot"]
+        m = int((slot >= 0).sum())
+        if not np.array_equal(np.sort(slot[slot >= 0]), np.arange(m)):
+            raise ValueError(f"state must hold each of the slots 0, ..., {m - 1} once")
+        arrays = checked_arrays(state, {"R": np.empty((m, m)), "z": np.empty((m, self.z.shape[1]))})
+        n_seen, hindsight_loss = int(state["n_seen"]), float(state["hindsight_loss"])
+        self.n_seen, self.hindsight_loss = n_seen, hindsight_loss
+        self.slot, self.R, self.z = slot, arrays["R"], arrays["z"]
+        self.n_slots = m
         self.W[:] = 0
         self._stale = self.n_slots > 0
 

@@ -10,6 +10,7 @@ from numpy import ndarray
 from torch import Tensor, nn
 
 from locally.checks import check_between, check_count, check_positive, check_shape
+from locally.control.validity import check_generator_state, checked_arrays
 from locally.control.world_model.spaces import check_box, check_discrete, check_vector
 from locally.errors import require
 
@@ -28,15 +29,20 @@ class Transitions(NamedTuple):
 class Learner(Protocol):
     """Model-free: acts, says how it would act elsewhere, learns from transitions wherever they come from."""
 
-    def act(self, observation: Any) -> Any: ...
+    def act(self, observation: Any) -> Any:
+        """The action to take at one observation."""
 
-    def sample(self, observations: ndarray) -> ndarray: ...
+    def sample(self, observations: ndarray) -> ndarray:
+        """One action for each row of `observations`, (n, n_observed), as `act` would draw it."""
 
-    def learn(self, batch: Transitions) -> None: ...
+    def learn(self, batch: Transitions) -> None:
+        """Take in a batch of transitions, real or imagined."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the next step depends on, random generators included."""
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the learner must have been constructed with the same arguments."""
 
 
 class TabularQ:
@@ -90,11 +96,13 @@ class TabularQ:
         self.rng = np.random.default_rng(rng)
 
     def act(self, observation: Any) -> int:
+        """A best action here, ties drawn at random, or any with probability epsilon."""
         cell = np.asarray(observation, np.int64)
         check_shape("observation", cell, self.low.shape)
         return int(self.sample(cell[None])[0])
 
     def sample(self, observations: ndarray) -> ndarray:
+        """As `act`, for every row at once."""
         values = self.Q[self._cells(observations)]
         best = values == values.max(axis=1, keepdims=True)
         greedy = np.where(best, self.rng.random(values.shape), -1.0).argmax(axis=1)
@@ -117,11 +125,14 @@ class TabularQ:
         return tuple((np.asarray(observations, np.int64) - self.low).T)
 
     def state_dict(self) -> dict[str, Any]:
+        """The table and the generator."""
         return {"Q": self.Q.copy(), "rng": self.rng.bit_generator.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        check_shape("Q", state["Q"], self.Q.shape)
-        self.Q[:] = state["Q"]
+        """Go on where `state_dict` was taken; ValueError if its table has another shape."""
+        Q = checked_arrays(state, {"Q": self.Q})["Q"]
+        check_generator_state(self.rng, state["rng"])
+        self.Q = Q
         self.rng.bit_generator.state = state["rng"]
 
 
@@ -174,16 +185,19 @@ class DeepQ:
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=lr)
 
     def act(self, observation: Any) -> int:
+        """The action of largest Q here, or any with probability epsilon."""
         return int(self.sample(check_vector("observation", observation, self.width)[None])[0])
 
     @torch.no_grad()
     def sample(self, observations: ndarray) -> ndarray:
+        """As `act`, for every row at once."""
         greedy = self.network(self._read(observations)).argmax(dim=1)
         random = torch.randint(self.n_actions, greedy.shape, generator=self.generator)
         explore = torch.rand(greedy.shape, generator=self.generator) < self.epsilon
         return torch.where(explore, random, greedy).numpy() + self.first_action
 
     def learn(self, batch: Transitions) -> None:
+        """One step of Adam on the batch's Huber loss, then the target network follows."""
         here, there = self._read(batch.observations), self._read(batch.next_observations)
         actions = torch.as_tensor(np.asarray(batch.actions, np.int64) - self.first_action)[:, None]
         with torch.no_grad():
@@ -201,9 +215,11 @@ class DeepQ:
         return torch.from_numpy(np.asarray(observations, np.float32)) / self.scale
 
     def state_dict(self) -> dict[str, Any]:
+        """Network, target network, optimizer and generator."""
         return save(self, ("network", "target", "optimizer"))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the learner must have been constructed with the same arguments."""
         load(self, state)
 
 
@@ -232,9 +248,20 @@ def save(learner: Any, parts: tuple[str, ...]) -> dict[str, Any]:
 
 
 def load(learner: Any, state: dict[str, Any]) -> None:
-    for part, saved in state.items():
-        if part != "generator":
-            getattr(learner, part).load_state_dict(_copied(saved))
+    """Go on from `save`; ValueError, and nothing changed, where a part has other shapes than the learner's."""
+    parts = {part: (getattr(learner, part), saved) for part, saved in state.items() if part != "generator"}
+    for part, (own, saved) in parts.items():
+        if isinstance(own, torch.optim.Optimizer):
+            own_shapes = dict(enumerate(p.shape for group in own.param_groups for p in group["params"]))
+            shapes = {i: own_shapes[i] for i in saved["state"] if i in own_shapes}
+            found = {i: moments["exp_avg"].shape for i, moments in saved["state"].items()}
+        else:
+            shapes = {name: value.shape for name, value in own.state_dict().items()}
+            found = {name: value.shape for name, value in saved.items()}
+        if shapes != found:
+            raise ValueError(f"state must be of a learner of the same sizes, but its {part} has other shapes")
+    for own, saved in parts.values():
+        own.load_state_dict(_copied(saved))
     learner.generator.set_state(state["generator"])
 
 

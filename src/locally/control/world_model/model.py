@@ -8,6 +8,7 @@ from numpy import ndarray
 from sklearn.base import clone
 
 from locally.checks import check_choice, check_count, check_finite, check_shape
+from locally.control.validity import checked_arrays
 from locally.control.world_model.regression import LosseFTLRegressor
 from locally.control.world_model.spaces import ActionCode, check_box, check_vector
 
@@ -23,6 +24,7 @@ class Prediction(NamedTuple):
 
     @property
     def terminated(self) -> Bool[ndarray, " n"]:
+        """Whether the predicted termination is above one half."""
         return self.termination > 0.5
 
 
@@ -181,6 +183,7 @@ class WorldModel:
         return outputs
 
     def state_dict(self) -> dict[str, Any]:
+        """Scales, transitions that wait for them, and the regressors' own states."""
         return {
             "n_seen": self.n_seen,
             "scale": None if self.scale is None else [part.copy() for part in self.scale],
@@ -190,15 +193,26 @@ class WorldModel:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; ValueError for other widths or another number of regressors.
+
+        Nothing has changed where it raises.
+        """
         if len(state["regressors"]) != len(self.regressors):
             raise ValueError(f"state must hold {len(self.regressors)} regressor(s), got {len(state['regressors'])}")
-        check_shape("target_scale", state["target_scale"], (self.n_observed + 2,))
-        self.n_seen = int(state["n_seen"])
-        self.scale = None if state["scale"] is None else (np.array(state["scale"][0]), np.array(state["scale"][1]))
-        self.target_scale = np.array(state["target_scale"])
-        self.waiting = [(np.array(o), np.array(a), np.array(y)) for o, a, y in state["waiting"]]
-        for regressor, saved in zip(self.regressors, state["regressors"]):
+        target_scale = checked_arrays(state, {"target_scale": self.target_scale})["target_scale"]
+        observed = np.empty(self.n_observed)
+        scale = None
+        if state["scale"] is not None:
+            centre, width = (checked_arrays({"scale": part}, {"scale": observed})["scale"] for part in state["scale"])
+            scale = centre, width
+        here = {"observation": observed, "code": np.empty(self.actions.width), "targets": self.target_scale}
+        waiting = [checked_arrays(dict(zip(here, transition)), here) for transition in state["waiting"]]
+        n_seen = int(state["n_seen"])
+        regressors = [clone(regressor) for regressor in self.regressors]
+        for regressor, saved in zip(regressors, state["regressors"]):
             regressor.load_state_dict(saved)
+        self.n_seen, self.scale, self.target_scale, self.regressors = n_seen, scale, target_scale, regressors
+        self.waiting = [(w["observation"], w["code"], w["targets"]) for w in waiting]
 
 
 class LosseWorldModel(WorldModel):

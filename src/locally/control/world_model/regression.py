@@ -6,11 +6,12 @@ import numpy as np
 import scipy.sparse as sp
 from jaxtyping import Float, Int
 from numpy import ndarray
-from sklearn.base import BaseEstimator, RegressorMixin
+from sklearn.base import BaseEstimator, RegressorMixin, clone
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from locally.checks import check_choice, check_count, check_finite, check_positive
-from locally.control.world_model.encoding import LosseEncoder, Scale, read_inputs
+from locally.control.validity import checked_arrays
+from locally.control.world_model.encoding import LosseEncoder, Scale, read_inputs, take_over
 from locally.control.world_model.leader import BlockLeader, FullLeader, block_leader
 
 PREDICT_ROWS = 4096  # predictions are made in pieces, so that codes of long inputs take no memory
@@ -236,26 +237,32 @@ class LosseFTLRegressor(RegressorMixin, BaseEstimator):
 
     @property
     def n_seen_(self) -> int:
+        """Samples learnt so far."""
         return self.leader_.n_seen
 
     @property
     def coef_(self) -> Float[ndarray, "D targets"]:
+        """W, one row for each entry of the code; with solver="full" solved for when asked for."""
         return self.leader_.weights() if isinstance(self.leader_, FullLeader) else self.leader_.W
 
     @property
     def gram_(self) -> sp.csr_array:
+        """The Gram matrix as SciPy has it; AttributeError with solver="full"."""
         return self._block_leader("gram_").gram.to_csr()
 
     @property
     def xty_(self) -> Float[ndarray, "D targets"]:
+        """Sums of codes times targets; AttributeError with solver="full"."""
         return self._block_leader("xty_").B
 
     @property
     def grad_norm_(self) -> float:
+        """Frobenius norm of the gradient of F_t at W; AttributeError with solver="full"."""
         return float(np.linalg.norm(self._block_leader("grad_norm_").gradient()))
 
     @property
     def hindsight_loss_(self) -> float:
+        """Loss of the best weights in hindsight on all samples so far; AttributeError unless solver="full"."""
         if not isinstance(self.leader_, FullLeader):
             raise AttributeError('hindsight_loss_ needs solver="full"')
         return self.leader_.hindsight_loss
@@ -286,26 +293,33 @@ class LosseFTLRegressor(RegressorMixin, BaseEstimator):
         """Go on from `state_dict`.
 
         Raises:
-            ValueError: the state is of a regressor with another solver or other grids.
+            ValueError: the state is of a regressor with another solver or other grids; then nothing has changed.
         """
-        if not state["fitted"]:
-            for name in [n for n in vars(self) if n.endswith("_")]:
-                delattr(self, name)
-            return
+        fresh = clone(self)
+        if state["fitted"]:
+            fresh._restore(state)
+        take_over(self, fresh)
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """As a new object, so that what is refused half-way leaves nothing behind."""
         if state["solver"] != self.solver:
             raise ValueError(f"state must be of a regressor with solver={self.solver!r}, got {state['solver']!r}")
         self._flat = bool(state["flat"])
         n_targets, P = int(state["n_targets"]), np.array(state["projection"])
         self.n_features_in_ = len(P)
+        check_count("n_targets", n_targets)
         self._start(np.zeros((1, len(P))), np.zeros((1, n_targets)))
         if state["codes"] != [self.encoder_.n_codes_, self.encoder_.n_active_]:
             raise ValueError(
                 f"state must be of codes with {self.encoder_.n_codes_} nodes, {self.encoder_.n_active_} of them "
                 f"active, got {state['codes'][0]} and {state['codes'][1]}"
             )
-        self.encoder_.projection_ = P
+        self.encoder_.projection_ = checked_arrays(state, {"projection": self.encoder_.projection_})["projection"]
+        check_finite("projection", self.encoder_.projection_)
         self.leader_.load_state_dict(state["leader"])
-        kept = np.array(state["memory"])
-        self._memory[: len(kept)] = kept
         self._remembered = int(state["remembered"])
+        here = self._memory[: self._remembered]
+        here[:] = kept = checked_arrays(state, {"memory": here})["memory"]
+        if kept.size and not (kept.min() >= 0 and kept.max() < self.encoder_.n_codes_):
+            raise ValueError(f"state must remember nodes of 0, ..., {self.encoder_.n_codes_ - 1}")
         self._rng.bit_generator.state = state["rng"]

@@ -142,6 +142,9 @@ class KernelHead:
         features, scores, target, ridge, tilt: as for `LinearizedHead`.
         diagonal: kernel of each row with itself, (n, p) to (n,); default by `kernel`.
 
+    Raises:
+        ValueError: an argument is out of range or holds NaN, or the kernel of every row with itself is zero.
+
     >>> F = torch.eye(3, dtype=torch.float64)
     >>> y = torch.tensor([1.0, -1.0, 0.0], dtype=torch.float64)
     >>> linear, closed = KernelHead(lambda a, b: a @ b.T, F, y), LinearizedHead(F, y)
@@ -173,6 +176,8 @@ class KernelHead:
         K = kernel(self.X, self.X)
         check_finite("kernel of the table", K)
         beta = ridge * K.diagonal().mean()
+        if not beta > 0:
+            raise ValueError("features must not all be zero under the kernel: the proxy would be constant")
         self.alpha = torch.linalg.solve(K + beta * torch.eye(len(K), dtype=K.dtype, device=K.device), self.y)
 
     def predict(self, features: Float[Tensor, "n p"]) -> Float[Tensor, " n"]:

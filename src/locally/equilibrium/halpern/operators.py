@@ -144,6 +144,8 @@ class CompiledOperator(FiniteSumOperator):
     def diff(
         self, u: Float[ndarray, " dim"], v: Float[ndarray, " dim"], idx: Int[ndarray, "..."]
     ) -> Float[ndarray, " dim"]:
+        for name, point in (("u", u), ("v", v)):
+            check_shape(name, point, (self.dim,))
         out = np.zeros_like(u)
         add_difference(self._components, u, v, self._in_range(idx), out)
         return out

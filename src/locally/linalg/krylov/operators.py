@@ -129,7 +129,7 @@ class Sparse(Operator):
     """A torch sparse matrix for all systems; on the CPU its products are compiled. Keep it to solve again and again.
 
     Raises:
-        ValueError: the matrix is not square, or has column indices outside it.
+        ValueError: the matrix is not square, has column indices outside it, or row limits that do not ascend.
     """
 
     def __init__(self, matrix: Tensor):
@@ -138,6 +138,9 @@ class Sparse(Operator):
         limits, columns, self.values = compressed_rows(matrix)
         if columns.numel() and (int(columns.min()) < 0 or int(columns.max()) >= self.n):
             raise ValueError(f"matrix has column indices outside 0 .. {self.n - 1}")
+        ends = (int(limits[0]), int(limits[-1])) == (0, columns.numel()) and self.values.numel() == columns.numel()
+        if limits.numel() != self.n + 1 or not ends or (limits.diff() < 0).any():
+            raise ValueError(f"matrix must have {self.n + 1} row limits that ascend from 0 to {columns.numel()}")
         # half the index traffic wherever 32 bits suffice
         narrow = torch.int32 if max(self.n, columns.numel()) < 2**31 else torch.int64
         self.limits, self.columns = limits.to(narrow), columns.to(narrow)

@@ -199,6 +199,8 @@ def as_csr(A: Any) -> sp.csr_array | sp.csr_matrix:
     check_square("A", A)
     if np.issubdtype(A.dtype, np.complexfloating):
         raise TypeError(f"A must be real, got {A.dtype}")
+    if hasattr(A, "check_format"):  # of compressed formats, whose indices SciPy takes on trust
+        A.check_format(full_check=True)
     if not (sp.issparse(A) and A.format == "csr"):
         A = sp.csr_array(A)
     if A.dtype not in (np.float32, np.float64):

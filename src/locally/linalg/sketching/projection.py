@@ -21,6 +21,8 @@ CHUNK = 1 << 16  # row numbers, and entries of sketched rows, that are drawn at 
 
 
 class Status(StrEnum):
+    """How a solve ended; set by `SketchAndProject`, read from `Solution.status`."""
+
     CONVERGED = "converged"
     ROUNDING = "at rounding: the residual is as small as float64 lets it be, above the tolerance"
     SKETCH_LIMIT = "sketch limit"

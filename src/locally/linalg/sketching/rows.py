@@ -38,7 +38,7 @@ class Rows:
 
         Raises:
             TypeError: A has no rows to read, or is not real.
-            ValueError: A is not two-dimensional or holds NaN or infinity.
+            ValueError: A is not two-dimensional, holds NaN or infinity, or has column numbers outside it.
         """
         if isinstance(A, Rows):
             return A
@@ -51,6 +51,8 @@ class Rows:
             raise TypeError(f"A must have real entries, got dtype {A.dtype}")
         check_shape("A", A, (None, None))
         if sp.issparse(A):
+            if hasattr(A, "check_format"):  # of compressed formats, whose indices SciPy takes on trust
+                A.check_format(full_check=True)
             matrix = sp.csr_array(A, dtype=float)
             check_finite("A", matrix.data)
             squares = np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel()
@@ -63,10 +65,12 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Of the matrix."""
         return self.matrix.shape
 
     @property
     def sparse(self) -> bool:
+        """Whether the matrix is a SciPy sparse one."""
         return sp.issparse(self.matrix)
 
     @property
@@ -101,6 +105,8 @@ class Rows:
         check_shape("b", b, (self.shape[0],))
         if order is None:
             order = self._storage_order
+        elif order.dtype.kind not in "iu":
+            raise TypeError(f"order must hold integers, got {order.dtype}")
         elif order.size and (order.min() < 0 or order.max() >= self.shape[0]):
             raise ValueError(f"order must hold row numbers from 0 to {self.shape[0] - 1}")
         kernel = kernels.sweep_sparse if self.sparse else kernels.sweep_dense

@@ -36,6 +36,7 @@ class Gaussian:
         check_count("block_size", self.block_size)
 
     def draw(self, blocks: int, n: int, rng: np.random.Generator) -> Float[ndarray, "rows n"]:
+        """Dense standard normal rows."""
         return rng.standard_normal((blocks * self.block_size, n))
 
 
@@ -52,6 +53,7 @@ class CountSketch:
         check_count("block_size", self.block_size)
 
     def draw(self, blocks: int, n: int, rng: np.random.Generator) -> sp.csr_array:
+        """Sparse: each of the n columns has one entry +-1 in every block."""
         buckets = rng.integers(self.block_size, size=(blocks, n)) + self.block_size * np.arange(blocks)[:, None]
         signs = rng.choice([-1.0, 1.0], size=blocks * n)
         columns = np.tile(np.arange(n), blocks)
@@ -73,6 +75,7 @@ class SparseSketch:
         check_count("nonzeros", self.nonzeros)
 
     def draw(self, blocks: int, n: int, rng: np.random.Generator) -> sp.csr_array:
+        """Sparse: each row has `nonzeros` entries +-1."""
         count = blocks * self.block_size
         columns = rng.integers(n, size=count * self.nonzeros)
         signs = rng.choice([-1.0, 1.0], size=columns.size)

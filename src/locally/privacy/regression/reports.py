@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from numba import njit
 from numpy import ndarray
 
+from locally.checks import check_shape
 from locally.privacy.regression.mechanisms import L2BallRandomizer
 from locally.privacy.regression.protocols import GradientProtocol, MomentProtocol, Protocol, PublicFeatureProtocol
 
@@ -92,7 +93,14 @@ class Tally:
                 self._add_rows(words, HEADER.size // 4)
 
     def add_payloads(self, payloads: Int[ndarray, "n width"]) -> None:
-        """Take in decoded integers: rows that no honest client can have sent are counted and left out."""
+        """Take in decoded integers: rows that no honest client can have sent are counted and left out.
+
+        Raises:
+            TypeError, ValueError: the payloads are no integers, or not as wide as the protocol's.
+        """
+        if payloads.dtype.kind != "i":
+            raise TypeError(f"payloads must hold signed integers, got {payloads.dtype}")
+        check_shape("payloads", payloads, (None, self.protocol.width))
         self._add_rows(np.ascontiguousarray(payloads), 0)
 
     def _add_rows(self, rows: Int[ndarray, "n columns"], first: int) -> None:

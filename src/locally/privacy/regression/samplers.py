@@ -34,7 +34,7 @@ class Noise(Protocol):
     """Three kinds of randomness are all that the mechanisms use."""
 
     def gaussian(self, shape: tuple[int, ...], log2_scale: int) -> Int[ndarray, "..."]:
-        """Integer noise of standard deviation 2^log2_scale."""
+        """Integer noise of standard deviation 2^log2_scale, log2_scale in [0, 24]; ValueError outside."""
         ...
 
     def coins(self, n: int, probability: Float[ndarray, " n"] | float) -> Bool[ndarray, " n"]:
@@ -109,7 +109,11 @@ class SimulatedNoise:
         self.generator = np.random.default_rng(seed)
 
     def gaussian(self, shape: tuple[int, ...], log2_scale: int) -> Int[ndarray, "..."]:
-        """Normals of standard deviation 2^log2_scale, rounded to integers; single precision, so for simulation only."""
+        """Normals of standard deviation 2^log2_scale, log2_scale in [0, 24], rounded to integers; ValueError outside.
+
+        In single precision, so for simulation only.
+        """
+        check_between("log2_scale", log2_scale, 0, MAX_LOG2_SCALE)
         draws = self.generator.standard_normal(shape, dtype=np.float32)
         draws *= np.float32(2.0**log2_scale)
         return np.rint(draws, out=draws).astype(np.int32)

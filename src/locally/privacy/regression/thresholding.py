@@ -20,7 +20,11 @@ class IndefiniteCovariance(UserWarning):
 
 
 class Status(StrEnum):
-    """What became of the reports; set by the servers, read from `SparseFit.status`."""
+    """What became of the reports; set by the servers, read from `SparseFit.status`.
+
+    Of a covariance the worst that is true is said: INDEFINITE (an eigenvalue below zero, beyond rounding), before
+    FLOORED, before SINGULAR.
+    """
 
     SOLVED = "solved"
     INDEFINITE = "covariance not positive definite: too few users for this budget"
@@ -91,11 +95,10 @@ def solve_sparse(
     check_positive("floor", floor)
     eigenvalues, vectors = np.linalg.eigh(covariance)
     smallest = float(eigenvalues[0])
-    status = Status.SOLVED
     wanted = floor if on_indefinite == "clip" else 0.0
     if smallest <= wanted:
         if on_indefinite == "clip":
-            eigenvalues, status = np.maximum(eigenvalues, floor), Status.FLOORED
+            eigenvalues = np.maximum(eigenvalues, floor)
         else:
             message = (
                 f"the noisy covariance has eigenvalue {smallest:.3g}: too few users for this dimension and budget; "
@@ -104,11 +107,14 @@ def solve_sparse(
             if on_indefinite == "raise":
                 raise ValueError(message)
             warnings.warn(message, IndefiniteCovariance, stacklevel=2)
-            status = Status.INDEFINITE
     negligible = np.finfo(np.float64).eps * len(cross) * np.abs(eigenvalues).max()
     usable = np.abs(eigenvalues) > negligible
-    if not usable.all():
-        status = Status.SINGULAR
+    if on_indefinite == "clip" and smallest <= floor:
+        status = Status.FLOORED
+    elif smallest < -negligible:
+        status = Status.INDEFINITE
+    else:
+        status = Status.SOLVED if usable.all() else Status.SINGULAR
     inverse = np.where(usable, 1 / np.where(usable, eigenvalues, 1.0), 0.0)
     raw = vectors @ (inverse * (vectors.T @ cross))
     return Solution(soft_threshold(raw, threshold), raw, status, smallest)

@@ -29,7 +29,8 @@ class IncompleteCholesky(LinearOperator):
         A: symmetric SciPy sparse matrix with positive diagonal but for zero rows.
 
     Raises:
-        ValueError: A is not square, or a row that is not zero has a diagonal that is not positive.
+        ValueError: A is not square, has column numbers outside it, or a row that is not zero has a diagonal that is not
+            positive.
 
     >>> import scipy.sparse as sp
     >>> tridiagonal = sp.diags_array([-1.0, 2.0, -1.0], offsets=[-1, 0, 1], shape=(4, 4))
@@ -39,6 +40,8 @@ class IncompleteCholesky(LinearOperator):
 
     def __init__(self, A: Any):
         check_square("A", A)
+        if hasattr(A, "check_format"):  # of compressed formats, whose indices SciPy takes on trust
+            A.check_format(full_check=True)
         lower = sp.tril(sp.csr_array(A, dtype=np.float64), format="csr")
         lower.eliminate_zeros()
         lower.sort_indices()

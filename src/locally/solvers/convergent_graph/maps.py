@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from locally.checks import check_choice, check_finite, check_positive
+from locally.checks import check_choice, check_finite, check_positive, check_shape
 from locally.solvers.convergent_graph import kernels
 
 
@@ -205,7 +205,8 @@ class ContractingMaps:
         return totals.index_add_(0, lines, weights.abs().double())
 
     def __call__(self, x: Float[Tensor, "nodes heads"]) -> Float[Tensor, "nodes heads"]:
-        """phi(gamma A x + b), without a graph for gradients; O(edges heads)."""
+        """phi(gamma A x + b), without a graph for gradients, O(edges heads); ValueError for x of another shape."""
+        check_shape("x", x, tuple(self.bias.shape))
         if x.device.type == "cpu":
             out = torch.empty_like(self.bias, memory_format=torch.contiguous_format)
             n = self.sparsity.num_nodes

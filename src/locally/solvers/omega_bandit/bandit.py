@@ -175,7 +175,8 @@ class GridBandit(ABC):
         """Continue where `state_dict` left off; the learner must have been constructed with the same arguments.
 
         Raises:
-            ValueError: the state is of another learner, another grid or another bit generator.
+            ValueError: the state is of another learner, another grid or another bit generator, or damaged; then nothing
+                has changed.
         """
         mine = {"learner": type(self).__name__, "grid": self.grid.tolist(), "min_cost": self.min_cost}
         for name, value in mine.items():
@@ -184,10 +185,15 @@ class GridBandit(ABC):
         generator = self.rng.bit_generator.state["bit_generator"]
         if state["rng"]["bit_generator"] != generator:
             raise ValueError(f"state must come from a {generator} generator, got {state['rng']['bit_generator']}")
+        type(self.rng.bit_generator)().state = state["rng"]  # raises here what it would raise below
+        next_token = int(state["next_token"])
+        open_asks = {entry["token"]: (Choice(**entry), list(memory)) for entry, memory in state["open"]}
+        for choice, _ in open_asks.values():
+            if not 0 <= choice.arm < self.grid.size:
+                raise ValueError(f"state must hold asks of arms 0, ..., {self.grid.size - 1}, got arm {choice.arm}")
         self._restore(state["state"])
         self.rng.bit_generator.state = state["rng"]
-        self._next_token = int(state["next_token"])
-        self._open = {entry["token"]: (Choice(**entry), list(memory)) for entry, memory in state["open"]}
+        self._next_token, self._open = next_token, open_asks
 
 
 class ContextInterval:
@@ -217,6 +223,14 @@ class ContextInterval:
         if self.outside == "raise":
             raise ValueError(f"context must lie in [{self.low:g}, {self.high:g}], got {context!r}")
         return min(max(place, 0.0), 1.0)
+
+
+def restored(name: str, values: Any, here: ndarray) -> ndarray:
+    """An array from a state, which must be as large as the one `here`: compiled loops index both alike."""
+    array = np.array(values, here.dtype)
+    if array.shape != here.shape:
+        raise ValueError(f"state must hold {name} of shape {here.shape}, got {array.shape}")
+    return array
 
 
 @njit(cache=True, nogil=True)

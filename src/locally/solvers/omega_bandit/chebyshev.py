@@ -15,7 +15,15 @@ from numba import njit
 from numpy import ndarray
 
 from locally.checks import check_choice, check_count, check_finite, check_nonnegative, check_positive, check_shape
-from locally.solvers.omega_bandit.bandit import Choice, ContextInterval, GridBandit, Outside, RandomSource, Real
+from locally.solvers.omega_bandit.bandit import (
+    Choice,
+    ContextInterval,
+    GridBandit,
+    Outside,
+    RandomSource,
+    Real,
+    restored,
+)
 
 
 def inverse_gap_weights(predictions: Float[ndarray, " d"], eta: float) -> Float[ndarray, " d"]:
@@ -180,12 +188,14 @@ class ChebCB(GridBandit):
     def _restore(self, state: Mapping[str, Any]) -> None:
         if state["settings"] != self._settings():
             raise ValueError(f"state must be of a learner with {self._settings()}, got {state['settings']}")
-        self.eta, self.scale = float(state["eta"]), float(state["scale"])
-        self.rounds, self._largest = int(state["rounds"]), float(state["largest"])
-        self.theta, self._factors = np.array(state["theta"]), np.array(state["factors"])
-        pp, pc, cc = state["moments"]
+        theta = restored("theta", state["theta"], self.theta)
+        factors = restored("factors", state["factors"], self._factors)
+        played = restored("played", state["played"], self._played)
+        eta, scale, largest = (float(state[name]) for name in ("eta", "scale", "largest"))
+        rounds, (pp, pc, cc) = int(state["rounds"]), state["moments"]
         self._moments = float(pp), float(pc), float(cc)
-        self._played = np.array(state["played"], dtype=bool)
+        self.theta, self._factors, self._played = theta, factors, played
+        self.eta, self.scale, self.rounds, self._largest = eta, scale, rounds, largest
 
 
 @njit(cache=True, nogil=True)

@@ -13,7 +13,15 @@ from numba import njit
 from numpy import ndarray
 
 from locally.checks import check_choice, check_count, check_finite, check_positive
-from locally.solvers.omega_bandit.bandit import Choice, ContextInterval, GridBandit, Outside, RandomSource, Real
+from locally.solvers.omega_bandit.bandit import (
+    Choice,
+    ContextInterval,
+    GridBandit,
+    Outside,
+    RandomSource,
+    Real,
+    restored,
+)
 
 Estimator = Literal["iw", "rv"]
 ESTIMATORS: tuple[Estimator, ...] = ("iw", "rv")
@@ -121,9 +129,12 @@ class TsallisINF(GridBandit):
     def _restore(self, state: Mapping[str, Any]) -> None:
         if state["settings"] != self._settings():
             raise ValueError(f"state must be of a learner with {self._settings()}, got {state['settings']}")
-        for seen, saved in zip(self._bins, state["bins"], strict=True):
-            seen.rounds, seen.total = int(saved["rounds"]), float(saved["total"])
-            seen.cumulative = np.array(saved["cumulative"])
+        bins = [
+            (int(saved["rounds"]), float(saved["total"]), restored("cumulative", saved["cumulative"], seen.cumulative))
+            for seen, saved in zip(self._bins, state["bins"], strict=True)
+        ]
+        for seen, (rounds, total, cumulative) in zip(self._bins, bins):
+            seen.rounds, seen.total, seen.cumulative = rounds, total, cumulative
 
 
 class BinnedTsallisINF(TsallisINF):

@@ -42,6 +42,8 @@ class Sight:
 
 @runtime_checkable
 class Attack(Protocol):
+    """What the adversary sends; one that keeps anything from step to step keeps it in attributes."""
+
     def __call__(self, sight: Sight) -> Tensor | None:
         """Lies for everybody (f, D), for each honest node (H, f, D), or None: silence."""
         ...

@@ -39,7 +39,7 @@ class TrimmedMean(Rule):
         if (heard.sum(1) <= 2 * trim).any():
             raise TooFewVectors(f"vectors must hold more than {2 * trim.max()} finite ones, got {heard.sum(1).min()}")
         if pool.device.type == "cpu" and pool.dtype in (torch.float32, torch.float64):
-            out = torch.empty(len(own), pool.shape[1], dtype=pool.dtype)
+            out = torch.empty(len(heard), pool.shape[1], dtype=pool.dtype)
             kernels.trimmed_means(pool.detach().nan_to_num().numpy(), heard, trim, out.numpy())
             return out
         received = [pool[torch.from_numpy(h).to(pool.device)].sort(dim=0).values for h in heard]
@@ -69,6 +69,7 @@ class Krum(GramRule):
         return weights / weights.sum(1, keepdims=True)
 
     def chosen(self, squares: Float[ndarray, "m m"], f: int) -> Int[ndarray, " k"]:
+        """Which of the m received vectors are averaged, from their squared distances: here the best score's alone."""
         return np.argsort(krum_scores(squares, f), kind="stable")[:1]
 
 
@@ -76,6 +77,7 @@ class MultiKrum(Krum):
     """The mean of the m - f received vectors with the best scores of Krum (Blanchard et al., NeurIPS 2017)."""
 
     def chosen(self, squares: Float[ndarray, "m m"], f: int) -> Int[ndarray, " k"]:
+        """The m - f vectors of best score."""
         return np.argsort(krum_scores(squares, f), kind="stable")[: len(squares) - f]
 
 
@@ -88,6 +90,7 @@ class MinimumDiameterAverage(Krum):
     breakdown = (3, 1)
 
     def chosen(self, squares: Float[ndarray, "m m"], f: int) -> Int[ndarray, " k"]:
+        """The m - f vectors whose largest distance is smallest; ValueError beyond 200 000 subsets."""
         m = len(squares)
         if math.comb(m, f) > SUBSETS:
             raise ValueError(f"f = {f} of m = {m} vectors leaves {math.comb(m, f)} subsets, more than {SUBSETS}")

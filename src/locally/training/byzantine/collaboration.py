@@ -38,10 +38,12 @@ class Problem(Protocol):
 
 
 class Status(StrEnum):
+    """How a training ended; set by both engines, read from `Outcome.status`."""
+
     FINISHED = "finished"
     DIVERGED = "diverged: an honest node's parameters are no longer finite"
     STOPPED = "stopped by the callback"
-    TOO_FEW_PEERS = "too few peers answered in time"
+    TOO_FEW_PEERS = "too few peers answered in time"  # for some honest node; processes only
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Collaboration:
         return self.rule
 
     def learning_rate(self, step: int) -> float:
+        """The learning rate of this step, counted from 0."""
         return self.lr(step) if callable(self.lr) else self.lr
 
     def momentum(self, momenta: Float[Tensor, "K D"], gradients: Float[Tensor, "K D"]) -> Float[Tensor, "K D"]:

@@ -106,9 +106,11 @@ class ModelProblem:
         self._drawn: tuple[int, ndarray] = (-1, np.empty(0))
 
     def start(self) -> Float[Tensor, " D"]:
+        """The module's own parameters, flat, in the order that it lists them."""
         return torch.cat([p.detach().reshape(-1) for p in self.model.parameters()])
 
     def batch_size(self, step: int) -> int:
+        """Samples of each node's batch at this step."""
         return self._batch(step) if callable(self._batch) else self._batch
 
     def with_batch(self, batch: int | Callable[[int], int]) -> "ModelProblem":
@@ -142,6 +144,7 @@ class ModelProblem:
     def gradients(
         self, parameters: Float[Tensor, "K D"], step: int, nodes: Sequence[int], *, flipped: bool = False
     ) -> Float[Tensor, "K D"]:
+        """As for `Problem`: the mean over each node's batch, with the penalty's gradient where there is one."""
         drawn = torch.from_numpy(self.samples(step, nodes)).to(self.labels.device)
         labels = self.labels[drawn]
         if flipped:

@@ -35,9 +35,11 @@ class Plan:
 
     @property
     def n_blocks(self) -> int:
+        """Blocks in all, the last one among them."""
         return len(self.starts) + 1
 
     def block(self, k: int) -> range:
+        """Numbers of the stages of block k."""
         edges = [0, *self.starts, len(self.shapes)]
         return range(edges[k], edges[k + 1])
 
@@ -138,6 +140,7 @@ class LocalLearner(nn.Module):
         return self.chain(x)
 
     def block_loss(self, k: int, h: Tensor, y: Tensor, x: Tensor) -> Float[Tensor, ""]:
+        """Loss of block k on its output h: its own objective's, or the network's loss for the last block."""
         if k == self.plan.n_blocks - 1:
             return self.plan.loss(self.chain.head(h), y)
         return self.objectives[k](h, y, x)
@@ -149,6 +152,7 @@ class LocalLearner(nn.Module):
         return [p for part in parts for p in part.parameters() if p.requires_grad]
 
     def trainable(self) -> Iterator[nn.Parameter]:
+        """Parameters that require a gradient, those of auxiliary networks among them."""
         return (p for p in self.parameters() if p.requires_grad)
 
     def local_step(
@@ -188,6 +192,7 @@ class LocalLearner(nn.Module):
         return torch.stack(losses)
 
     def run_block(self, k: int, h: Tensor, amp: torch.dtype | None = None) -> Tensor:
+        """Output of block k for the output h of the block before, under autocast where `amp` names a type."""
         with torch.autocast(h.device.type, amp, enabled=amp is not None):
             return self._blocks[k](h)
 
@@ -199,6 +204,7 @@ class LocalLearner(nn.Module):
         return loss.detach()
 
     def finish_block(self, k: int, after_block: Callable[[int], None] | None) -> None:
+        """To call once block k has its gradients: tells its objective, then calls `after_block(k)`."""
         if k < len(self.objectives):
             cast(Objective, self.objectives[k]).after_backward()
         if after_block is not None:

@@ -57,12 +57,14 @@ class SavedTensors:
         self._hooks.__exit__(*error)
 
     def restart(self) -> None:
+        """Let the peak be what is alive now."""
         self.peak = self.alive
 
     def _pack(self, tensor: Tensor) -> "_Kept":
         return _Kept(self, tensor)
 
     def hold(self, storage: int, size: int) -> None:
+        """Count one more saved tensor on this storage of `size` bytes."""
         if storage in self._ignored:
             return
         self._holders[storage] += 1
@@ -71,6 +73,7 @@ class SavedTensors:
             self.peak = max(self.peak, self.alive)
 
     def release(self, storage: int, size: int) -> None:
+        """Count one less."""
         if storage in self._ignored:
             return
         self._holders[storage] -= 1

@@ -41,6 +41,7 @@ class ConvStage(nn.Module):
         return self.pool(F.relu(self.bn(self.conv(x))))
 
     def like(self, in_channels: int, out_channels: int, stride: int) -> "ConvStage":
+        """A stage with the same kernel size, weights of its own and no pooling."""
         # the stride takes the place of the pooling
         return type(self)(in_channels, out_channels, stride, kernel=self.kernel)
 
@@ -63,6 +64,7 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(h)) + self.downsample(x))
 
     def like(self, in_channels: int, out_channels: int, stride: int) -> "BasicBlock":
+        """A block of the same class with weights of its own."""
         return type(self)(in_channels, out_channels, stride)
 
 
@@ -88,6 +90,7 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(h)) + self.downsample(x))
 
     def like(self, in_channels: int, out_channels: int, stride: int) -> "Bottleneck":
+        """A block of the same class with weights of its own."""
         return type(self)(in_channels, out_channels, stride)
 
 

@@ -23,6 +23,8 @@ Schedule = Callable[[int, int, int], float]  # (step, steps an epoch, epochs) ->
 
 
 class Status(StrEnum):
+    """How a training ended; set by `Trainer`, read from `History.status`."""
+
     FINISHED = "finished"
     STOPPED = "stopped by the callback"
     DIVERGED = "diverged: a loss is not finite"

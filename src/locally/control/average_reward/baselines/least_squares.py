@@ -8,7 +8,7 @@ from numpy import ndarray
 
 from locally.checks import check_count, check_positive, check_shape
 from locally.control.average_reward.hypotheses import check_step
-from locally.control.validity import check_index, check_unit_ball
+from locally.control.validity import check_index, check_unit_ball, checked_arrays, checked_policy
 
 
 class OLSVI:
@@ -106,8 +106,11 @@ class OLSVI:
         return arrays | {"policy": self._policy.copy(), "n_steps": self.n_steps_, "planned": self._planned}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments."""
-        for name in ("gram", "arrivals", "sums"):
-            setattr(self, name, np.array(state[name]))
-        self._policy, self.n_steps_ = np.array(state["policy"]), int(state["n_steps"])
-        self._planned = int(state["planned"])
+        """Go on where `state_dict` was taken; ValueError if its agent had other sizes or episodes."""
+        here = {"gram": self.gram, "arrivals": self.arrivals, "sums": self.sums, "policy": self._policy}
+        arrays = checked_arrays(state, here)
+        for policy in arrays["policy"]:
+            checked_policy("policy", policy, self.n_states, self.n_actions)
+        n_steps, planned = int(state["n_steps"]), int(state["planned"])
+        self.gram, self.arrivals, self.sums, self._policy = arrays.values()
+        self.n_steps_, self._planned = n_steps, planned

@@ -14,8 +14,8 @@ from locally.control.average_reward.kernels import (
     learn_differential,
     learn_optimistic,
 )
-from locally.control.average_reward.walks import Trace, Walk
-from locally.control.validity import check_index
+from locally.control.average_reward.walks import Trace, Walk, check_walk
+from locally.control.validity import check_generator_state, check_index, checked_arrays
 
 
 class OptimisticQLearning:
@@ -82,6 +82,7 @@ class OptimisticQLearning:
 
     def advance(self, walk: Walk, trace: Trace) -> None:
         """Walk as many steps as `trace` holds, as `act` and `observe` would."""
+        check_walk(walk, self)
         walk.state = follow_optimistic(
             walk.world, walk.state, walk.rng, *self._learnt(), *trace.part(0, trace.rewards.size)
         )
@@ -99,9 +100,9 @@ class OptimisticQLearning:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments."""
-        arrays = (np.array(state[name]) for name in ("visits", "Q", "lowest", "V"))
-        self.visits, self._Q, self._lowest, self._V = arrays
+        """Go on where `state_dict` was taken; ValueError if its agent had other sizes."""
+        here = {"visits": self.visits, "Q": self._Q, "lowest": self._lowest, "V": self._V}
+        self.visits, self._Q, self._lowest, self._V = checked_arrays(state, here).values()
 
 
 class DifferentialQLearning:
@@ -166,6 +167,7 @@ class DifferentialQLearning:
 
     def advance(self, walk: Walk, trace: Trace) -> None:
         """Walk as many steps as `trace` holds, as `act` and `observe` would."""
+        check_walk(walk, self)
         walk.state, self.gain_ = follow_differential(
             walk.world, walk.state, walk.rng, self.rng, self._Q, self.gain_, self.step_size, self.eta, self.epsilon,
             *trace.part(0, trace.rewards.size),
@@ -176,6 +178,8 @@ class DifferentialQLearning:
         return {"Q": self._Q.copy(), "gain": self.gain_, "rng": self.rng.bit_generator.state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments."""
-        self._Q, self.gain_ = np.array(state["Q"]), float(state["gain"])
+        """Go on where `state_dict` was taken; ValueError if its agent had other sizes."""
+        arrays, gain = checked_arrays(state, {"Q": self._Q}), float(state["gain"])
+        check_generator_state(self.rng, state["rng"])
+        self._Q, self.gain_ = arrays["Q"], gain
         self.rng.bit_generator.state = state["rng"]

@@ -11,8 +11,8 @@ from locally.control.average_reward.agents import RandomSource
 from locally.control.average_reward.hypotheses import check_step
 from locally.control.average_reward.kernels import extended_sweeps, follow_counts
 from locally.control.average_reward.planning import optimistic_plan
-from locally.control.average_reward.walks import Trace, Walk
-from locally.control.validity import check_index
+from locally.control.average_reward.walks import Trace, Walk, check_walk
+from locally.control.validity import check_generator_state, check_index, checked_arrays, checked_policy
 
 MAX_SWEEPS = 20_000
 
@@ -36,7 +36,7 @@ class _Episodic:
 
     @property
     def n_switches_(self) -> int:
-        """Changes of policy after the first plan."""
+        """Plans after the first, whether or not the policy differs."""
         return len(self.switch_times_)
 
     def _choose(self) -> Int[ndarray, " S"]:
@@ -80,7 +80,8 @@ class _Episodic:
         self._due = bool(doubled) or self.n_steps_ - self._episode_start >= self._limit()
 
     def advance(self, walk: Walk, trace: Trace) -> None:
-        """Walk as many steps as `trace` holds, as `act` and `observe` would."""
+        """Walk as many steps as `trace` holds, as `act` and `observe` would; ValueError for a walk of other sizes."""
+        check_walk(walk, self)
         done, steps = 0, trace.rewards.size
         while done < steps:
             policy = self._plan()
@@ -95,12 +96,12 @@ class _Episodic:
             doubled = self.visits[s, a] - self._before[s, a] >= max(1.0, self._before[s, a])
             self._due = bool(doubled) or self.n_steps_ - self._episode_start >= self._limit()
 
-    _PLAIN = ("n_steps_", "_episode_start", "_length", "_due")
+    _COUNTERS = ("n_steps_", "_episode_start", "_length")
     _ARRAYS = ("visits", "rewards", "arrivals", "_before")
 
     def state_dict(self) -> dict[str, Any]:
         """Counts, sums of rewards, the episode in progress with its policy, and the generator."""
-        state: dict[str, Any] = {name.strip("_"): getattr(self, name) for name in self._PLAIN}
+        state: dict[str, Any] = {name.strip("_"): getattr(self, name) for name in (*self._COUNTERS, "_due")}
         state |= {name.strip("_"): getattr(self, name).copy() for name in self._ARRAYS}
         policy = None if self.policy_ is None else self.policy_.copy()
         return state | {
@@ -110,13 +111,19 @@ class _Episodic:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments."""
-        for name in self._PLAIN:
-            setattr(self, name, state[name.strip("_")])
+        """Go on where `state_dict` was taken; ValueError if its agent had other sizes."""
+        arrays = checked_arrays(state, {name.strip("_"): getattr(self, name) for name in self._ARRAYS})
+        plain = {name: int(state[name.strip("_")]) for name in self._COUNTERS}
+        policy = state["policy"]
+        if policy is not None:
+            policy = checked_policy("policy", policy, self.n_states, self.n_actions)
+        switch_times, due = [int(t) for t in state["switch_times"]], bool(state["due"])
+        check_generator_state(self.rng, state["rng"])
         for name in self._ARRAYS:
-            setattr(self, name, np.array(state[name.strip("_")]))
-        self.policy_ = None if state["policy"] is None else np.array(state["policy"])
-        self.switch_times_ = list(state["switch_times"])
+            setattr(self, name, arrays[name.strip("_")])
+        for name, value in plain.items():
+            setattr(self, name, value)
+        self.policy_, self.switch_times_, self._due = policy, switch_times, due
         self.rng.bit_generator.state = state["rng"]
 
 
@@ -163,9 +170,10 @@ class UCRL2(_Episodic):
         return super().state_dict() | {"V": self._V.copy()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the agent must have been constructed with the same arguments."""
+        """Go on where `state_dict` was taken; ValueError if its agent had other sizes."""
+        V = checked_arrays(state, {"V": self._V})["V"]
         super().load_state_dict(state)
-        self._V = np.array(state["V"])
+        self._V = V
 
 
 class PSRL(_Episodic):

@@ -29,6 +29,7 @@ class Crash:
     step: int
 
     def before_exchange(self, step: int, transport: SocketTransport) -> None:
+        """Kill this process if it is the step."""
         if step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -40,6 +41,7 @@ class Freeze:
     step: int
 
     def before_exchange(self, step: int, transport: SocketTransport) -> None:
+        """Stop this process if it is the step."""
         if step == self.step:
             os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -54,6 +56,7 @@ class Slow:
         check_nonnegative("seconds", self.seconds)
 
     def before_exchange(self, step: int, transport: SocketTransport) -> None:
+        """Sleep, in every step."""
         time.sleep(self.seconds)
 
 
@@ -65,6 +68,7 @@ class CutOff:
     others: tuple[int, ...]
 
     def before_exchange(self, step: int, transport: SocketTransport) -> None:
+        """Close the links to the others, once, if it is the step."""
         if step == self.step:
             transport.cut_off(self.others)
 

@@ -59,6 +59,7 @@ class Membership:
 
     @property
     def n(self) -> int:
+        """Number of nodes."""
         return len(self.addresses)
 
     @classmethod
@@ -170,13 +171,16 @@ class SocketTransport:
         return torch.stack([received[peer] for peer in sorted(received)]).to(vector.device)
 
     def broadcast(self, round: int, vector: Float[Tensor, " D"]) -> None:
+        """Queue the vector for every peer that is not cut off; does not wait."""
         message = pack(self.rank, round, vector.clone())
         for peer, outbox in self._outboxes.items():
             if peer not in self._banned:
                 outbox.put(message)
 
     def send(self, peer: int, round: int, vector: Float[Tensor, " D"]) -> None:
-        self._outboxes[peer].put(pack(self.rank, round, vector.clone()))
+        """Queue a vector for one peer that is not cut off, which may differ from what others get; does not wait."""
+        if peer not in self._banned:
+            self._outboxes[peer].put(pack(self.rank, round, vector.clone()))
 
     def gather(self, round: int, count: int, prefer: Iterable[int] | None = None) -> dict[int, Tensor]:
         """`count` vectors of this round from others; those of earlier rounds are forgotten."""
@@ -206,7 +210,10 @@ class SocketTransport:
                 self._arrived.wait(max(limit - waited, 0.001))
 
     def cut_off(self, peers: Iterable[int]) -> None:
-        """Neither send to these peers nor listen to them from now on: an operator's ban, or a partition in a drill."""
+        """Neither send to these peers nor listen to them from now on: an operator's ban, or a partition in a drill.
+
+        What was queued for them before may still arrive.
+        """
         with self._arrived:
             self._banned |= set(peers)
             self._suspects |= self._banned
