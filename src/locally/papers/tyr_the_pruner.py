@@ -99,6 +99,7 @@ def one_model(run: Run, group: tuple[int, Sequence[int]], *, study: Study) -> No
     training, held_out = text()
     model = train(training, study, number).to(run.device)
     unseen = windows(held_out, study.length, study.held_out, np.random.default_rng(0))
+    dense = perplexity(model, unseen, batch=16)
     for seed in run.track(seeds, f"pruning model {number}"):
         rng = np.random.default_rng(seed)
         calibration = windows(training, study.length, study.calibration, rng)
@@ -107,13 +108,14 @@ def one_model(run: Run, group: tuple[int, Sequence[int]], *, study: Study) -> No
         if study.sparsities:
             first = seed == seeds[0]
             for sparsity in study.sparsities if first else study.decisive:
-                one_sparsity(run, study, model, calibration, searched, unseen, sparsity, seed, complete=first)
+                one_sparsity(run, study, model, dense, calibration, searched, unseen, sparsity, seed, complete=first)
 
 
 def one_sparsity(
     run: Run,
     study: Study,
     model: Any,
+    dense: float,
     calibration: Tensor,
     searched: Tensor,
     unseen: Tensor,
@@ -122,7 +124,10 @@ def one_sparsity(
     *,
     complete: bool,
 ) -> None:
-    """Every method at one sparsity, from the same windows; unless `complete`, those of the claims, and no clock."""
+    """Every method at one sparsity, from the same windows; unless `complete`, those of the claims, and no clock.
+
+    `dense` is the perplexity of the whole model.
+    """
     plans: dict[str, Any] = {
         name: prune_uniform(model, calibration, sparsity, method=method, batch=16)
         for name, method in BASELINES.items()
@@ -140,7 +145,6 @@ def one_sparsity(
         random_state=seed,
     ).fit(model, calibration, searched)
     plans[TYR] = pruner.plan_
-    dense = perplexity(model, unseen, batch=16)
     found = {name: perplexity(model, unseen, plan=plan, batch=16) for name, plan in plans.items()}
     for name, value in {"dense": dense, **found}.items():
         run.record(name, "perplexity", value, seed=seed, sparsity=sparsity)
