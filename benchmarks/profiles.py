@@ -2,17 +2,17 @@
 
 python -m benchmarks.profiles [COUNT]    the slowest by their stored runs at default scale; ten by default
 
-Prints a table and writes it to `docs/profiles.md`. A function's share is what passes between its call and its return;
-work of libraries counts for the function of ours that calls them.
+Prints a table and writes it to `docs/profiles.md`. A function's share is its own time and that of the libraries that it
+calls, not that of other functions of ours.
 """
 
-import cProfile
-import pstats
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections import defaultdict
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from docs.markdown import table
@@ -23,11 +23,12 @@ from locally.evidence import Run, Scale
 WRITTEN = Path(__file__).parent.parent / "docs" / "profiles.md"
 PACKAGE = Path(catalogue.__file__).parent
 SHOWN = 4  # functions of each
+EVERY = 0.005  # seconds between looks
 LEAST = 0.05  # share that is worth a line
 HEAD = (
     "# Profiles of the slowest experiments\n\n"
-    "One seed at default scale in one process on one core, imports apart, by `python -m benchmarks.profiles`; the "
-    "profiler itself slows down what consists of small calls. Shares include what a function calls.\n\n"
+    "One seed at default scale in one process on one core, by `python -m benchmarks.profiles`. The work of libraries "
+    "counts for the function of ours that calls them; what other functions of ours do does not.\n\n"
 )
 
 
@@ -46,25 +47,38 @@ def main(count: int) -> None:
 
 
 def profile(experiment: Any) -> tuple[float, list[tuple[str, float]]]:
-    """Seconds, and the functions of the methods that take the largest shares of them."""
-    profiler = cProfile.Profile()
+    """Seconds, and the functions that take the largest shares of them."""
+    spent: dict[str, float] = defaultdict(float)
+    last = began = time.perf_counter()
+
+    def look(_: int, frame: FrameType | None) -> None:
+        """Python hands over a signal when a call of a library has ended: all that passed since the last one counts."""
+        nonlocal last
+        now = time.perf_counter()
+        spent[at_work(frame)] += now - last
+        last = now
+
     with tempfile.TemporaryDirectory() as scratch:
         run = Run(scale=Scale.DEFAULT, seeds=(0,), device="cpu", scratch=Path(scratch))
-        began = time.perf_counter()
-        profiler.runcall(experiment, run)
-        seconds = time.perf_counter() - began
-    shares = sorted(methods(pstats.Stats(profiler)), key=lambda found: -found[1])
-    return seconds, [(name, s / seconds) for name, s in shares if s >= LEAST * seconds][:SHOWN]
+        signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, EVERY, EVERY)
+        try:
+            experiment(run)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    seconds = time.perf_counter() - began
+    most = sorted(spent.items(), key=lambda item: -item[1])[:SHOWN]
+    return seconds, [(name, s / seconds) for name, s in most if s >= LEAST * seconds]
 
 
-def methods(stats: pstats.Stats) -> Iterator[tuple[str, float]]:
-    """Seconds in each function of the rooms of methods; experiments and what they are handed are left out."""
-    for (file, _, name), (_, _, _, cumulative, _) in stats.stats.items():  # type: ignore[attr-defined]
-        path = Path(file)
-        if path.is_relative_to(PACKAGE) and name.isidentifier():
-            floor, *room = path.relative_to(PACKAGE).with_suffix("").parts
-            if room and floor not in ("papers", "evidence"):
-                yield ".".join([floor, *room, name]), cumulative
+def at_work(frame: FrameType | None) -> str:
+    """The innermost function of ours, the spine apart, with its room."""
+    while frame is not None:
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(PACKAGE) and (place := path.relative_to(PACKAGE)).parts[0] != "evidence":
+            return ".".join([*place.with_suffix("").parts, frame.f_code.co_qualname.replace("<locals>.", "")])
+        frame = frame.f_back
+    return "the runner"
 
 
 if __name__ == "__main__":
