@@ -1,6 +1,5 @@
 """Starts the processes of a team on this machine, and ends all of them when one ends before its time."""
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -10,14 +9,13 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from locally.checks import check_count
 from locally.errors import UsageError
-from locally.evidence.elsewhere import leave_with_parent
+from locally.evidence.elsewhere import forking_server, leave_with_parent
 from locally.sequence.structured_pruning.team import PATIENCE, LostMember, Team
 
 REFUSED, LOST = "refused", "lost"  # what the words that a process leaves behind are about
@@ -38,7 +36,7 @@ def launch(processes: int, work: Work, *, on_start: Callable[[list[int]], None] 
     """
     check_count("processes", processes)
     threads = max(1, torch.get_num_threads() // processes)
-    context = _context()
+    context = forking_server(__name__)
     with tempfile.TemporaryDirectory(prefix="locally-team-") as folder:
         members: list[BaseProcess] = [
             context.Process(target=_member, args=(rank, processes, threads, folder, work), daemon=True)
@@ -61,15 +59,6 @@ def launch(processes: int, work: Work, *, on_start: Callable[[list[int]], None] 
                 member.join()
         if failed:
             raise _cause(failed, members, Path(folder))
-
-
-def _context() -> Any:
-    """One server has this package loaded and forks: a member starts at once, and without the caller's threads."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    return context
 
 
 def _cause(failed: list[int], members: list[BaseProcess], folder: Path) -> UsageError:

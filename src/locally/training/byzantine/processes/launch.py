@@ -1,6 +1,5 @@
 """Starts one process per node on this machine, lets faults happen to some, and collects what the others made."""
 
-import multiprocessing
 import os
 import pickle
 import signal
@@ -18,6 +17,7 @@ from numpy import ndarray
 from safetensors.torch import load_file, save_file
 
 from locally.checks import check_choice, check_count, check_positive
+from locally.evidence.elsewhere import forking_server
 from locally.training.byzantine.collaboration import Collaboration, Outcome, Problem, Status
 from locally.training.byzantine.processes.drills import LIARS, Drill, Garbage, Lie, Slow, lie_to_all, send_garbage
 from locally.training.byzantine.processes.node import NonFiniteModel, train
@@ -88,7 +88,7 @@ class Processes:
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TypeError(f"collaboration, problem and drills must be picklable: {error}") from error
         n = self.collaboration.n
-        context = _context()
+        context = forking_server(__name__)
         progress = context.Array("q", n)
         with tempfile.TemporaryDirectory(prefix="locally-monna-") as folder:
             members = Membership.local(n)
@@ -164,15 +164,6 @@ class Processes:
             momenta=torch.stack([row["momentum"] for row in rows]),
             lost=lost,
         )
-
-
-def _context() -> Any:
-    """One server has torch loaded and forks: a node starts in milliseconds, and without the caller's threads."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])
-    return context
 
 
 def _node(membership: Membership, engine: Processes, problem: Problem, steps: int, progress: Any, folder: str) -> None:
