@@ -10,8 +10,8 @@ from scipy.sparse.linalg import svds
 from torch import nn
 
 from benchmarks.harness import Comparison, compare, growth
-from locally.papers.linear_interpreters import Residual
 from locally.tangent.interpreter import LinearInterpreter, PixelVotes
+from locally.tangent.interpreter.small_networks import Residual
 
 
 def main() -> list[Comparison]:

@@ -20,7 +20,6 @@ from locally.plots import PALETTE, canvas
 from locally.tangent.interpreter import SVD, LinearInterpreter, band, gaze, published, support, template_share
 from locally.tangent.interpreter.figures import plot_copies, plot_filters, plot_singular_images, plot_votes
 from locally.tangent.interpreter.images import (
-    Patches,
     drawn,
     grey,
     halved,
@@ -30,11 +29,18 @@ from locally.tangent.interpreter.images import (
     psnr,
     read_image,
 )
+from locally.tangent.interpreter.small_networks import (
+    GAP,
+    HELD_OUT,
+    SHIFT,
+    torn,
+    train_classifier,
+    train_inpainter,
+    train_upscaler,
+)
 
 OURS = "linear interpreter"
 ERROR = "relative reconstruction error"
-HELD_OUT = 107  # bottom rows of each photograph, never trained on
-GAP, SHIFT = 5, 8  # width of the gap, and how far to its left stands what belongs there
 SUPPORT = "median support of singular images / that of bicubic upscaling"
 COPIED = "gap rows whose largest weight is on the pixel to be copied"
 
@@ -123,19 +129,6 @@ def load_digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return train, torch.as_tensor(parts[2]), test, torch.as_tensor(parts[3])
 
 
-def train_classifier(X: Tensor, y: Tensor, epochs: int, seed: int) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
-        )  # fmt: skip
-    order = torch.Generator().manual_seed(seed)
-    rows = [r for _ in range(epochs) for r in torch.randperm(len(X), generator=order).split(64)]
-    fit(net, len(rows), 2e-3, lambda i: F.cross_entropy(net(X[rows[i]]), y[rows[i]]))
-    return net
-
-
 def read_class(residual: Tensor, truth: Tensor) -> float:
     """Accuracy on one half of the test images of logistic regression fitted on the other: is the class in r at all?"""
     from sklearn.linear_model import LogisticRegression
@@ -204,32 +197,6 @@ def upscaler(run: Run, scope: LinearInterpreter, ours: SVD, theirs: SVD, seed: i
             run.record(name, "singular images that are band-pass", waves, seed=seed, side=side, network=network)
 
 
-class Residual(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(F.relu(self.first(x)))
-
-
-def train_upscaler(photographs: list[Tensor], steps: int, seed: int, width: int = 12) -> nn.Sequential:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), Residual(width), Residual(width),
-            nn.Conv2d(width, 4, 3, padding=1), nn.PixelShuffle(2),
-        )  # fmt: skip
-    patches = Patches(photographs, 24, HELD_OUT, seed)
-
-    def loss(_: int) -> Tensor:
-        sharp = patches.draw(8)
-        return (net(halved(sharp)) - sharp).abs().mean()
-
-    fit(net, steps, 4e-3, loss)
-    return net
-
-
 # Image to image ------------------------------------------------------------------------------------------------------
 
 
@@ -263,58 +230,7 @@ def inpainting(run: Run, study: Study, photographs: list[Tensor], seed: int, *, 
         draw_inpainting(run, scope, whole)
 
 
-def torn(images: Tensor, left: int) -> tuple[Tensor, Tensor]:
-    """Images with a black gap from column `left` on, and what the network is to make of them."""
-    whole = images.clone()
-    whole[..., left : left + GAP] = images[..., left - SHIFT : left - SHIFT + GAP]
-    x = whole.clone()
-    x[..., left : left + GAP] = 0
-    return x, whole
-
-
-class Correction(nn.Module):
-    """x plus what convolutions make of it; the dilated one sees SHIFT pixels far."""
-
-    def __init__(self, width: int = 12) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(1, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=SHIFT, dilation=SHIFT),
-            nn.ReLU(), nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 1, 3, padding=1),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
-def train_inpainter(photographs: list[Tensor], steps: int, seed: int) -> Correction:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = Correction()
-    patches = Patches(photographs, 32, HELD_OUT, seed)
-
-    def loss(_: int) -> Tensor:
-        left = SHIFT + patches.corner(1, 32 - GAP - SHIFT)[1]
-        x, whole = torn(patches.draw(16), left)
-        error = (net(x) - whole).abs()
-        return error.mean() + error[..., left : left + GAP].mean()
-
-    fit(net, steps, 5e-3, loss)
-    return net
-
-
 # What they share -----------------------------------------------------------------------------------------------------
-
-
-def fit(net: nn.Module, steps: int, rate: float, loss: Callable[[int], Tensor]) -> None:
-    """Adam with one cycle of the rate; leaves the network in evaluation mode."""
-    optimizer = torch.optim.Adam(net.parameters(), rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    for i in range(steps):
-        optimizer.zero_grad()
-        loss(i).backward()
-        optimizer.step()
-        schedule.step()
-    net.eval()
 
 
 def record_error(run: Run, scope: LinearInterpreter, seed: int | None, network: str) -> None:
@@ -385,9 +301,8 @@ def full_study(run: Run) -> None:
         "cyclegan": horses_and_zebras,
     }
     here = [name for name in studies if run.data_folder is not None and (run.data_folder / name).is_dir()]
-    for study in dict.fromkeys(
-        studies[name] for name in here or studies
-    ):  # without any, the first says what is missing
+    chosen = here or list(studies)  # without any, the first says what is missing
+    for study in dict.fromkeys(studies[name] for name in chosen):
         study(run)
     carry_out(run)
 
@@ -441,12 +356,12 @@ def image_classifiers(
         for seed in run.track(run.seeds, f"seeds of {name}"):
             order = drawn(len(files), seed, 50)
             for i in run.track(order, "images"):
-                path, truth = files[i]
-                scope = LinearInterpreter(net, read_image(path, size, short=short).to(run.device))
+                image, truth = files[i]
+                scope = LinearInterpreter(net, read_image(image, size, short=short).to(run.device))
                 if scope.output.shape[1] != len(classes):
                     raise ValueError(f"{name} has {scope.output.shape[1]} classes, {folder} {len(classes)} folders")
                 record_error(run, scope, seed, name)
-                setting: dict[str, Any] = {"seed": seed, "network": name, "image": path.stem}
+                setting: dict[str, Any] = {"seed": seed, "network": name, "image": image.stem}
                 for method, scores in (
                     ("network", scope.output), ("residual alone", scope.residual), ("F x alone", scope.linear_part)
                 ):  # fmt: skip

@@ -6,7 +6,7 @@ Weights are read from safetensors files; a file that was written with pickle is 
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -234,74 +234,57 @@ CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {
 # Image to image ------------------------------------------------------------------------------------------------------
 
 
-class EDSR(nn.Module):
-    """The baseline of Lim et al. (CVPR workshops 2017) for x4, on pixels in [0, 1]."""
+class Upscaler(nn.Module):
+    """What EDSR and RCAN share, for x4 on pixels in [0, 1]: a shortcut around `blocks`, then two doublings of the size.
+
+    The mean is that of DIV2K.
+    """
+
+    def __init__(self, width: int, blocks: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.mean: Tensor
+        self.register_buffer("mean", 255 * torch.tensor([0.4488, 0.4371, 0.4040])[:, None, None], persistent=False)
+        self.head = nn.Sequential(same(3, width))
+        self.body = nn.Sequential(*blocks, same(width, width))
+        up = [m for _ in range(2) for m in (same(width, 4 * width), nn.PixelShuffle(2))]
+        self.tail = nn.Sequential(nn.Sequential(*up), same(width, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.head(255 * x - self.mean)
+        return (self.tail(x + self.body(x)) + self.mean) / 255
+
+
+def same(entry: int, exit_: int) -> nn.Conv2d:
+    """3 x 3, and the image keeps its size."""
+    return nn.Conv2d(entry, exit_, 3, padding=1)
+
+
+class Around(nn.Module):
+    """What the layers make of x, added to it."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.body = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class EDSR(Upscaler):
+    """The baseline of Lim et al. (CVPR workshops 2017): residual blocks of two convolutions."""
 
     def __init__(self, width: int = 64, blocks: int = 16) -> None:
-        super().__init__()
-        conv = lambda a, b: nn.Conv2d(a, b, 3, padding=1)
-        self.mean: Tensor
-        self.register_buffer("mean", 255 * torch.tensor([0.4488, 0.4371, 0.4040])[:, None, None], persistent=False)
-        self.head = nn.Sequential(conv(3, width))
-        self.body = nn.Sequential(*(EDSRBlock(width) for _ in range(blocks)), conv(width, width))
-        up = [m for _ in range(2) for m in (conv(width, 4 * width), nn.PixelShuffle(2))]
-        self.tail = nn.Sequential(nn.Sequential(*up), conv(width, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.head(255 * x - self.mean)
-        return (self.tail(x + self.body(x)) + self.mean) / 255
+        super().__init__(width, (Around(same(width, width), nn.ReLU(), same(width, width)) for _ in range(blocks)))
 
 
-class EDSRBlock(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
-class RCAN(nn.Module):
-    """Zhang et al., arXiv 1807.02758, for x4, on pixels in [0, 1]: `groups` of `blocks` with attention to channels."""
+class RCAN(Upscaler):
+    """Zhang et al., arXiv 1807.02758: `groups` of `blocks` with attention to channels, a shortcut around each."""
 
     def __init__(self, width: int = 64, groups: int = 10, blocks: int = 20, *, reduction: int = 16) -> None:
-        super().__init__()
-        conv = lambda a, b: nn.Conv2d(a, b, 3, padding=1)
-        self.mean: Tensor
-        self.register_buffer("mean", 255 * torch.tensor([0.4488, 0.4371, 0.4040])[:, None, None], persistent=False)
-        self.head = nn.Sequential(conv(3, width))
-        self.body = nn.Sequential(*(RCANGroup(width, blocks, reduction) for _ in range(groups)), conv(width, width))
-        up = [m for _ in range(2) for m in (conv(width, 4 * width), nn.PixelShuffle(2))]
-        self.tail = nn.Sequential(nn.Sequential(*up), conv(width, 3))
+        def block() -> nn.Module:
+            return Around(same(width, width), nn.ReLU(), same(width, width), ChannelAttention(width, reduction))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.head(255 * x - self.mean)
-        return (self.tail(x + self.body(x)) + self.mean) / 255
-
-
-class RCANGroup(nn.Module):
-    def __init__(self, width: int, blocks: int, reduction: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            *(RCANBlock(width, reduction) for _ in range(blocks)), nn.Conv2d(width, width, 3, padding=1)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
-
-
-class RCANBlock(nn.Module):
-    def __init__(self, width: int, reduction: int) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1),
-            ChannelAttention(width, reduction),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        super().__init__(width, (Around(*(block() for _ in range(blocks)), same(width, width)) for _ in range(groups)))
 
 
 class ChannelAttention(nn.Module):
